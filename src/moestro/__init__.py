@@ -1,0 +1,17 @@
+"""moestro: train mixture-of-experts models whose experts really specialise, and prove it."""
+
+from moestro.errors import Misuse as Misuse
+from moestro.errors import TrainingFailed as TrainingFailed
+from moestro.models import Dense as Dense
+from moestro.models import MoE as MoE
+from moestro.models import MoestroConfig as MoestroConfig
+from moestro.models import MoestroForCausalLM as MoestroForCausalLM
+from moestro.models import MoestroModel as MoestroModel
+from moestro.routers import RouterRule as RouterRule
+from moestro.routing import Batch as Batch
+from moestro.routing import Competition as Competition
+from moestro.routing import LayerRecord as LayerRecord
+from moestro.routing import MoELayer as MoELayer
+from moestro.routing import Routing as Routing
+
+__version__ = "0.1.0"

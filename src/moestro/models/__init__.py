@@ -1,0 +1,13 @@
+"""moestro's own model family, registered with transformers: `AutoModelForCausalLM` knows it after `import moestro`."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from moestro.models.configuration import Dense as Dense
+from moestro.models.configuration import MoE as MoE
+from moestro.models.configuration import MoestroConfig as MoestroConfig
+from moestro.models.modeling import MoestroForCausalLM as MoestroForCausalLM
+from moestro.models.modeling import MoestroModel as MoestroModel
+
+AutoConfig.register("moestro", MoestroConfig, exist_ok=True)
+AutoModel.register(MoestroConfig, MoestroModel, exist_ok=True)
+AutoModelForCausalLM.register(MoestroConfig, MoestroForCausalLM, exist_ok=True)

@@ -1,0 +1,168 @@
+"""What a model is made of: `MoestroConfig`, and the sub-layers that its blocks list."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+from moestro.errors import Misuse
+from moestro.routers import RouterRule
+
+WIDTH_MULTIPLE = 8
+"""Grouped matrix products need rows of a multiple of 16 bytes: 8 numbers in bf16, 4 in fp32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dense:
+    """A dense SwiGLU feed-forward sub-layer."""
+
+    width: int
+    kind: Literal["dense"] = "dense"
+
+    def validate(self) -> None:
+        """Raise Misuse unless it can be built."""
+        if self.width < 1:
+            raise Misuse(f"width must be at least 1, got {self.width}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoE:
+    """A mixture-of-experts sub-layer: routed SwiGLU experts, and shared ones that see every token."""
+
+    num_experts: int
+    top_k: int
+    width: int
+    """Inner width of each routed expert."""
+    router: RouterRule = field(default_factory=RouterRule)
+    num_shared: int = 0
+    shared_width: int | None = None
+    """Inner width of each shared expert; None: as the routed ones."""
+    mix: Literal["sum", "convex"] = "sum"
+    """How shared experts join: added up (DeepSeekMoE), or averaged and mixed in by a learned two-way softmax (CartesianMoE)."""
+    kind: Literal["moe"] = "moe"
+
+    @property
+    def total_shared_width(self) -> int:
+        """Inner width of all shared experts together."""
+        return self.num_shared * (self.shared_width or self.width)
+
+    def validate(self) -> None:
+        """Raise Misuse unless it can be built."""
+        if self.num_experts < 1:
+            raise Misuse(f"num_experts must be at least 1, got {self.num_experts}")
+        if self.width < 1 or self.width % WIDTH_MULTIPLE:
+            raise Misuse(f"width of an expert must be a multiple of {WIDTH_MULTIPLE}, got {self.width}")
+        if self.num_shared < 0:
+            raise Misuse(f"num_shared must be 0 or more, got {self.num_shared}")
+        if self.mix not in ("sum", "convex"):
+            raise Misuse(f"mix must be sum or convex, got {self.mix!r}")
+        if self.mix == "convex" and not self.num_shared:
+            raise Misuse("mix = convex needs a shared expert: num_shared must be at least 1, got 0")
+        self.router.validate(self.num_experts, self.top_k)
+
+
+SubLayer = Dense | MoE
+
+
+def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
+    """A sub-layer from its dict form (as in config.json), validated."""
+    if isinstance(value, dict):
+        kinds = {"dense": Dense, "moe": MoE}
+        kind = kinds.get(value.get("kind", "moe"))
+        if kind is None:
+            raise Misuse(f"kind of a sub-layer must be dense or moe, got {value['kind']!r}")
+        known = {f.name for f in fields(kind)}
+        unknown = sorted(set(value) - known)
+        if unknown:
+            raise Misuse(
+                f"unknown field {unknown[0]!r} in a {value.get('kind', 'moe')} sub-layer; it takes {', '.join(sorted(known))}"
+            )
+        rule = value.get("router")
+        value = kind(**(value | {"router": RouterRule(**rule)} if isinstance(rule, dict) else value))
+    value.validate()
+    return value
+
+
+@strict
+class MoestroConfig(PreTrainedConfig):
+    """A decoder whose every block is attention and a list of pre-norm residual feed-forward sub-layers, dense or MoE.
+
+    `feed_forward` holds one list per block; a block's list is usually one sub-layer long, and two for a Cartesian block. Its entries may
+    be given as `Dense` and `MoE` or as their dicts; they are stored as dicts, so that config.json is plain. `sub_layers` gives them back.
+
+    Raises Misuse where sizes do not fit together.
+    """
+
+    model_type = "moestro"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    default_theta = 10_000.0
+    base_model_ep_plan = {
+        "layers.*.feed_forward.*.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.feed_forward.*.experts.down_proj": "grouped_gemm",
+        "layers.*.feed_forward.*.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    qk_norm: bool = True
+    feed_forward: list | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: RopeParameters | dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    sliding_window: int | None = None
+    output_router_logits: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.feed_forward is None:
+            self.feed_forward = [[Dense(width=4 * self.hidden_size)] for _ in range(self.num_hidden_layers)]
+        if len(self.feed_forward) != self.num_hidden_layers:
+            raise Misuse(
+                f"feed_forward must list num_hidden_layers ({self.num_hidden_layers}) blocks, got {len(self.feed_forward)}"
+            )
+        self.feed_forward = [[asdict(sub_layer(entry)) for entry in block] for block in self.feed_forward]
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise Misuse(
+                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), got {self.num_key_value_heads}"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise Misuse(
+                    f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {self.num_attention_heads}"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.has_experts and self.hidden_size % WIDTH_MULTIPLE:
+            raise Misuse(
+                f"hidden_size must be a multiple of {WIDTH_MULTIPLE} where there are experts, got {self.hidden_size}"
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def sub_layers(self) -> list[list[SubLayer]]:
+        """The feed-forward of every block, as records."""
+        assert self.feed_forward is not None
+        return [[sub_layer(entry) for entry in block] for block in self.feed_forward]
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether any sub-layer is an MoE."""
+        return any(isinstance(entry, MoE) for block in self.sub_layers for entry in block)
+
+
+__all__ = ["Dense", "MoE", "MoestroConfig", "SubLayer"]

@@ -1,0 +1,136 @@
+"""The slow, obvious truth: a whole MoE layer in plain loops over tokens and experts.
+
+Only tests and documentation use it. It shares no code with the package, works in any dtype (float64 for gradient checks), and takes
+weights as plain tensors, so that it can stand beside our layers and transformers' alike.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class ExpertWeights(NamedTuple):
+    """One SwiGLU network: y = down(silu(gate x) * (up x))."""
+
+    gate: Float[Tensor, "width dim"]
+    up: Float[Tensor, "width dim"]
+    down: Float[Tensor, "dim width"]
+
+
+class Choice(NamedTuple):
+    """One token's routing."""
+
+    experts: list[int]
+    weights: list[Tensor]
+    probabilities: Float[Tensor, " experts"]
+    logits: Float[Tensor, " experts"]
+
+
+def swiglu(x: Float[Tensor, " dim"], w: ExpertWeights) -> Float[Tensor, " dim"]:
+    """One expert on one token."""
+    gate, up = w.gate @ x, w.up @ x
+    return w.down @ (gate * torch.sigmoid(gate) * up)
+
+
+def choose(
+    x: Float[Tensor, " dim"],
+    router: Float[Tensor, "experts dim"],
+    *,
+    top_k: int,
+    scores: str = "softmax",
+    renormalise: bool = True,
+    scale: float = 1.0,
+    bias: Sequence[float] | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    banned: Sequence[int] = (),
+) -> Choice:
+    """Route one token: rank the experts one by one, in Python."""
+    logits = torch.stack([row @ x for row in router])
+    num_experts = len(logits)
+    if scores == "softmax":
+        shifted = (logits - logits.max()).exp()
+        affinity = shifted / shifted.sum()
+        probabilities = affinity
+    else:
+        affinity = 1 / (1 + torch.exp(-logits))
+        probabilities = affinity / affinity.sum()
+    select = [float(affinity[e]) + (float(bias[e]) if bias is not None else 0.0) for e in range(num_experts)]
+    select = [-math.inf if e in banned else s for e, s in enumerate(select)]
+
+    size = num_experts // num_groups
+    members = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
+    group_score = [sum(sorted((select[e] for e in group), reverse=True)[:2]) for group in members]
+    best = sorted(range(num_groups), key=lambda g: -group_score[g])[:top_groups]
+    eligible = [e for g in best for e in members[g]]
+
+    experts = sorted(eligible, key=lambda e: -select[e])[:top_k]
+    weights = [affinity[e] for e in experts]
+    if renormalise:
+        total = torch.stack(weights).sum()
+        weights = [w / total for w in weights]
+    return Choice(experts, [w * scale for w in weights], probabilities, logits)
+
+
+def moe_layer(
+    hidden: Float[Tensor, "tokens dim"],
+    router: Float[Tensor, "experts dim"],
+    experts: Sequence[ExpertWeights],
+    *,
+    shared: Sequence[ExpertWeights] = (),
+    mix: tuple[Float[Tensor, "2 dim"], Float[Tensor, " 2"]] | None = None,
+    **rule,
+) -> tuple[Float[Tensor, "tokens dim"], list[Choice]]:
+    """A whole layer: route each token, run its experts, add (or convexly mix in) the shared experts.
+
+    `mix` holds V and b of the convex mix c = softmax(V x + b); shared experts are averaged under it and summed without it
+    (papers: CartesianMoE arXiv:2410.16077 section 1; DeepSeekMoE arXiv:2401.06066).
+    """
+    outputs, choices = [], []
+    for x in hidden:
+        choice = choose(x, router, **rule)
+        y = torch.zeros_like(x)
+        for e, weight in zip(choice.experts, choice.weights, strict=True):
+            y = y + weight * swiglu(x, experts[e])
+        if shared:
+            common = torch.zeros_like(x)
+            for w in shared:
+                common = common + swiglu(x, w)
+            if mix is None:
+                y = y + common
+            else:
+                share = torch.softmax(mix[0] @ x + mix[1], dim=-1)
+                y = share[0] * y + share[1] * common / len(shared)
+        outputs.append(y)
+        choices.append(choice)
+    return torch.stack(outputs), choices
+
+
+def load_balance(choices: Sequence[Choice], *, load: Sequence[float] | None = None) -> Tensor:
+    """E sum_e f_e P_e over the given tokens; f counts all their choices unless a load is given."""
+    num_experts = len(choices[0].probabilities)
+    if load is None:
+        count = [0.0] * num_experts
+        for choice in choices:
+            for e in choice.experts:
+                count[e] += 1
+        load = [c / sum(count) for c in count]
+    total = choices[0].probabilities.new_zeros(())
+    for e in range(num_experts):
+        mass = choices[0].probabilities.new_zeros(())
+        for choice in choices:
+            mass = mass + choice.probabilities[e]
+        total = total + load[e] * mass / len(choices)
+    return num_experts * total
+
+
+def router_z(choices: Sequence[Choice]) -> Tensor:
+    """Mean squared log-sum-exp of the logits."""
+    total = choices[0].logits.new_zeros(())
+    for choice in choices:
+        total = total + torch.log(torch.exp(choice.logits).sum()) ** 2
+    return total / len(choices)

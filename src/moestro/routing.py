@@ -1,0 +1,117 @@
+"""The records that stand between those who produce routing and those who use it.
+
+Every MoE layer of every model does the same thing: it is given tokens, chooses experts, runs them and mixes their outputs. A producer
+(one of our layers, or a hook on somebody else's) describes that as a `LayerRecord`; losses, metrics and reports read records and never
+know which model they look at. Shapes are in words: `tokens` are all positions of a batch in row order, `k` the slots of one token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """Which experts each token goes to, and how much each counts.
+
+    A weight of 0 (or below) is still an edge: the token is sent. Routers that choose a varying number of experts mask slots with `edge`.
+    """
+
+    expert: Int[Tensor, "tokens k"]
+    """The chosen experts."""
+    weight: Float[Tensor, "tokens k"]
+    """Their share in the layer's output."""
+    logits: Float[Tensor, "tokens experts"] | None
+    """What the router computed, fp32; None where nothing is learned (hash)."""
+    scores: Float[Tensor, "tokens experts"] | None
+    """The router's preferences on the simplex (rows sum to 1), before any selection bias."""
+    edge: Bool[Tensor, "tokens k"] | None = None
+    """Which slots are used; None means all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What one forward pass knows about its tokens; None is unknown."""
+
+    sequence: Int[Tensor, " tokens"]
+    """Index of the sequence (the packed row) that each token belongs to, 0 to num_sequences - 1."""
+    num_sequences: int
+    valid: Bool[Tensor, " tokens"] | None = None
+    """False at padding; None means that every token is valid."""
+    label: Bool[Tensor, " tokens"] | None = None
+    """True where the token is a label of the language-model loss."""
+    position: Int[Tensor, " tokens"] | None = None
+    input_ids: Int[Tensor, " tokens"] | None = None
+    domain: Int[Tensor, " tokens"] | None = None
+    step: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoELayer:
+    """A handle on one MoE layer, for losses on its weights and for bias updates."""
+
+    name: str
+    block: int
+    """Index of the decoder block it belongs to: the sub-layers of one block are summed in losses, blocks are averaged."""
+    router: nn.Module
+    experts: nn.Module
+    num_experts: int
+    top_k: int
+    selection_bias: Tensor | None = None
+    """Added to the scores for selection only; None where the router has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Competition:
+    """Which tokens competed, and how strongly every expert responded to them."""
+
+    token: Int[Tensor, " competing"]
+    response: Float[Tensor, "competing experts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerRecord:
+    """One MoE layer in one forward pass. It lives inside that layer's forward: reduce it there to sums and counts.
+
+    Keeping `hidden` or `outputs` beyond it would undo activation checkpointing.
+    """
+
+    layer: MoELayer
+    batch: Batch
+    hidden: Float[Tensor, "tokens dim"]
+    proposed: Routing
+    """What the router chose."""
+    routing: Routing
+    """What ran: `proposed`, unless a reroute replaced it."""
+    outputs: Float[Tensor, "tokens k dim"] | None = None
+    """Each chosen expert's output, not yet weighted; None where nobody asked."""
+    competition: Competition | None = None
+    recomputed: bool = False
+    """True while a checkpointed layer is run again in the backward pass: losses count again, statistics do not."""
+
+
+def chosen(routing: Routing, batch: Batch) -> Float[Tensor, "tokens k"]:
+    """1.0 where a slot of a valid token is an edge, else 0.0."""
+    used = torch.ones(routing.expert.shape, dtype=torch.float32, device=routing.expert.device)
+    if routing.edge is not None:
+        used = used * routing.edge
+    if batch.valid is not None:
+        used = used * batch.valid[:, None]
+    return used
+
+
+def choices_per_group(
+    routing: Routing, batch: Batch, group: Int[Tensor, " tokens"], num_groups: int, num_experts: int
+) -> Float[Tensor, "groups experts"]:
+    """How many edges of valid tokens lead from each group of tokens (sequences, domains) to each expert."""
+    cell = (group[:, None] * num_experts + routing.expert).flatten()
+    counts = torch.zeros(num_groups * num_experts, dtype=torch.float32, device=cell.device)
+    return counts.index_add_(0, cell, chosen(routing, batch).flatten()).view(num_groups, num_experts)
+
+
+def choices(routing: Routing, batch: Batch, num_experts: int) -> Float[Tensor, " experts"]:
+    """How many edges of valid tokens lead to each expert."""
+    everything = torch.zeros_like(batch.sequence)
+    return choices_per_group(routing, batch, everything, 1, num_experts)[0]
