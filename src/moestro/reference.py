@@ -1,7 +1,7 @@
 """The slow, obvious truth: a whole MoE layer in plain loops over tokens and experts.
 
-Only tests and documentation use it. It shares no code with the package, works in any dtype (float64 for gradient checks), and takes
-weights as plain tensors, so that it can stand beside our layers and transformers' alike.
+Only tests and documentation use it. It shares no code with the package, works in any dtype (float64 for gradient
+checks), and takes weights as plain tensors, so that it can stand beside our layers and transformers' alike.
 """
 
 import math
@@ -59,12 +59,13 @@ def choose(
     else:
         affinity = 1 / (1 + torch.exp(-logits))
         probabilities = affinity / affinity.sum()
-    select = [float(affinity[e]) + (float(bias[e]) if bias is not None else 0.0) for e in range(num_experts)]
+    select = [affinity[e].item() + (float(bias[e]) if bias is not None else 0.0) for e in range(num_experts)]
     select = [-math.inf if e in banned else s for e, s in enumerate(select)]
 
     size = num_experts // num_groups
     members = [list(range(g * size, (g + 1) * size)) for g in range(num_groups)]
-    group_score = [sum(sorted((select[e] for e in group), reverse=True)[:2]) for group in members]
+    allowed = [[select[e] for e in group if e not in banned] for group in members]
+    group_score = [sum(sorted(group, reverse=True)[:2]) if group else -math.inf for group in allowed]
     best = sorted(range(num_groups), key=lambda g: -group_score[g])[:top_groups]
     eligible = [e for g in best for e in members[g]]
 
@@ -87,8 +88,8 @@ def moe_layer(
 ) -> tuple[Float[Tensor, "tokens dim"], list[Choice]]:
     """A whole layer: route each token, run its experts, add (or convexly mix in) the shared experts.
 
-    `mix` holds V and b of the convex mix c = softmax(V x + b); shared experts are averaged under it and summed without it
-    (papers: CartesianMoE arXiv:2410.16077 section 1; DeepSeekMoE arXiv:2401.06066).
+    `mix` holds V and b of the convex mix c = softmax(V x + b); shared experts are averaged under it and summed
+    without it (papers: CartesianMoE arXiv:2410.16077 section 1; DeepSeekMoE arXiv:2401.06066).
     """
     outputs, choices = [], []
     for x in hidden:

@@ -1,7 +1,8 @@
 """Routers as pure functions: logits to a `Routing`, by a rule that a frozen record describes.
 
-One rule covers the softmax and the sigmoid families (definitions and papers: docs/papers.md). The learned part, a weight matrix, lives in
-`moestro.models.layers.Router`; what is here has no weights, so a reroute or a test can apply a family's own rule to any logits.
+One rule covers the softmax and the sigmoid families (definitions and papers: docs/papers.md). The learned part, a
+weight matrix, lives in `moestro.models.layers.Router`; what is here has no weights, so a reroute or a test can apply
+a family's own rule to any logits.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ EPS = 1e-20
 class RouterRule:
     """How logits become chosen experts and weights.
 
-    Paper: DeepSeek-V3 (arXiv:2412.19437), Eq. 14 to 16 for sigmoid, bias and groups; Shazeer et al. 2017 (arXiv:1701.06538) for softmax.
+    Paper: DeepSeek-V3 (arXiv:2412.19437), Eq. 14 to 16 for sigmoid, bias and groups; Shazeer et al. 2017
+    (arXiv:1701.06538) for softmax.
     """
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
@@ -31,7 +33,9 @@ class RouterRule:
     scale: float = 1.0
     """Factor on the weights after that ("routed scaling factor")."""
     selection_bias: bool = False
-    """Whether a bias, moved between steps by `moestro.balance`, is added to the scores for selection (never to the weights)."""
+    """Whether a bias, moved between steps by `moestro.balance`, is added to the scores for selection (never to the
+    weights).
+    """
     num_groups: int = 1
     top_groups: int = 1
     """Experts come from the best `top_groups` of `num_groups` equal groups; a group's score is the sum of its two best."""
@@ -73,7 +77,8 @@ def route(
 ) -> Routing:
     """Choose `top_k` experts per token by `rule`; `banned` experts are masked at selection, whatever their bias.
 
-    A token must keep at least `top_k` experts that are not banned; ties go as `torch.topk` decides.
+    Each token must keep at least `top_k` experts that are not banned in its best groups; ties go as `torch.topk`
+    decides.
     """
     logits = logits.float()
     affinity = logits.softmax(-1) if rule.scores == "softmax" else logits.sigmoid()
@@ -104,8 +109,13 @@ def selection_scores(
 
 
 def in_best_groups(select: Float[Tensor, "tokens experts"], rule: RouterRule) -> Bool[Tensor, "tokens experts"]:
-    """True for the experts of each token's best groups (a group's score: the sum of its two best experts)."""
+    """True for the experts of each token's best groups.
+
+    A group's score is the sum of its two best experts; a banned one adds nothing, and a group without others is last.
+    """
     grouped = select.unflatten(-1, (rule.num_groups, -1))
-    score = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
+    two_best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values
+    banned = two_best.isneginf()
+    score = two_best.masked_fill(banned, 0.0).sum(-1).masked_fill(banned.all(-1), float("-inf"))
     best = torch.zeros_like(score, dtype=torch.bool).scatter(-1, score.topk(rule.top_groups, dim=-1).indices, True)
     return best.repeat_interleave(grouped.shape[-1], dim=-1)

@@ -1,8 +1,9 @@
 """The records that stand between those who produce routing and those who use it.
 
-Every MoE layer of every model does the same thing: it is given tokens, chooses experts, runs them and mixes their outputs. A producer
-(one of our layers, or a hook on somebody else's) describes that as a `LayerRecord`; losses, metrics and reports read records and never
-know which model they look at. Shapes are in words: `tokens` are all positions of a batch in row order, `k` the slots of one token.
+Every MoE layer of every model does the same thing: it is given tokens, chooses experts, runs them and mixes their
+outputs. A producer (one of our layers, or a hook on somebody else's) describes that as a `LayerRecord`; losses,
+metrics and reports read records and never know which model they look at. Shapes are in words: `tokens` are all
+positions of a batch in row order, `k` the slots of one token.
 """
 
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 class Routing:
     """Which experts each token goes to, and how much each counts.
 
-    A weight of 0 (or below) is still an edge: the token is sent. Routers that choose a varying number of experts mask slots with `edge`.
+    A weight of 0 (or below) is still an edge: the token is sent. Routers that choose a varying number of experts mask
+    slots with `edge`.
     """
 
     expert: Int[Tensor, "tokens k"]

@@ -1,6 +1,6 @@
 """What a model is made of: `MoestroConfig`, and the sub-layers that its blocks list."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -40,7 +40,9 @@ class MoE:
     shared_width: int | None = None
     """Inner width of each shared expert; None: as the routed ones."""
     mix: Literal["sum", "convex"] = "sum"
-    """How shared experts join: added up (DeepSeekMoE), or averaged and mixed in by a learned two-way softmax (CartesianMoE)."""
+    """How shared experts join: added up (DeepSeekMoE), or averaged and mixed in by a learned two-way softmax
+    (CartesianMoE).
+    """
     kind: Literal["moe"] = "moe"
 
     @property
@@ -56,6 +58,8 @@ class MoE:
             raise Misuse(f"width of an expert must be a multiple of {WIDTH_MULTIPLE}, got {self.width}")
         if self.num_shared < 0:
             raise Misuse(f"num_shared must be 0 or more, got {self.num_shared}")
+        if self.shared_width is not None and self.shared_width < 1:
+            raise Misuse(f"shared_width must be at least 1, got {self.shared_width}")
         if self.mix not in ("sum", "convex"):
             raise Misuse(f"mix must be sum or convex, got {self.mix!r}")
         if self.mix == "convex" and not self.num_shared:
@@ -69,28 +73,38 @@ SubLayer = Dense | MoE
 def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
     """A sub-layer from its dict form (as in config.json), validated."""
     if isinstance(value, dict):
-        kinds = {"dense": Dense, "moe": MoE}
-        kind = kinds.get(value.get("kind", "moe"))
+        name = value.get("kind", "moe")
+        kind = {"dense": Dense, "moe": MoE}.get(name)
         if kind is None:
-            raise Misuse(f"kind of a sub-layer must be dense or moe, got {value['kind']!r}")
-        known = {f.name for f in fields(kind)}
-        unknown = sorted(set(value) - known)
-        if unknown:
-            raise Misuse(
-                f"unknown field {unknown[0]!r} in a {value.get('kind', 'moe')} sub-layer; it takes {', '.join(sorted(known))}"
-            )
-        rule = value.get("router")
-        value = kind(**(value | {"router": RouterRule(**rule)} if isinstance(rule, dict) else value))
+            raise Misuse(f"kind of a sub-layer must be dense or moe, got {name!r}")
+        if isinstance(rule := value.get("router"), dict):
+            value = value | {"router": record(RouterRule, rule, "router")}
+        value = record(kind, value, f"{name} sub-layer")
+    if not isinstance(value, Dense | MoE):
+        raise Misuse(f"feed_forward must list Dense and MoE sub-layers for each block, got {value!r}")
     value.validate()
     return value
+
+
+def record(kind: type, value: dict[str, Any], what: str) -> Any:
+    """The dataclass `kind` from its dict form; raises Misuse where a field is unknown or missing."""
+    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
+    unknown = sorted(value.keys() - known)
+    if unknown:
+        raise Misuse(f"unknown field {unknown[0]!r} in a {what}; it takes {', '.join(sorted(known))}")
+    missing = [name for name, required in known.items() if required and name not in value]
+    if missing:
+        raise Misuse(f"a {what} must have {missing[0]}, got {', '.join(sorted(value)) or 'nothing'}")
+    return kind(**value)
 
 
 @strict
 class MoestroConfig(PreTrainedConfig):
     """A decoder whose every block is attention and a list of pre-norm residual feed-forward sub-layers, dense or MoE.
 
-    `feed_forward` holds one list per block; a block's list is usually one sub-layer long, and two for a Cartesian block. Its entries may
-    be given as `Dense` and `MoE` or as their dicts; they are stored as dicts, so that config.json is plain. `sub_layers` gives them back.
+    `feed_forward` holds one list per block; a block's list is usually one sub-layer long, and two for a Cartesian
+    block. Its entries may be given as `Dense` and `MoE` or as their dicts; they are stored as dicts, so that
+    config.json is plain. `sub_layers` gives them back.
 
     Raises Misuse where sizes do not fit together.
     """
@@ -135,23 +149,32 @@ class MoestroConfig(PreTrainedConfig):
                 f"feed_forward must list num_hidden_layers ({self.num_hidden_layers}) blocks, got {len(self.feed_forward)}"
             )
         self.feed_forward = [[asdict(sub_layer(entry)) for entry in block] for block in self.feed_forward]
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise Misuse(
-                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), got {self.num_key_value_heads}"
-            )
-        if self.head_dim is None:
-            if self.hidden_size % self.num_attention_heads:
-                raise Misuse(
-                    f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {self.num_attention_heads}"
-                )
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.settle_attention()
         if self.has_experts and self.hidden_size % WIDTH_MULTIPLE:
             raise Misuse(
                 f"hidden_size must be a multiple of {WIDTH_MULTIPLE} where there are experts, got {self.hidden_size}"
             )
         super().__post_init__(**kwargs)
+
+    def settle_attention(self) -> None:
+        """Fill in what follows from other sizes of attention; raises Misuse where they do not fit together."""
+        heads = self.num_attention_heads
+        if heads < 1:
+            raise Misuse(f"num_attention_heads must be at least 1, got {heads}")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads
+        if self.num_key_value_heads < 1 or heads % self.num_key_value_heads:
+            raise Misuse(
+                f"num_key_value_heads must divide num_attention_heads ({heads}), got {self.num_key_value_heads}"
+            )
+        if self.head_dim is None:
+            if self.hidden_size % heads:
+                raise Misuse(f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {heads}")
+            self.head_dim = self.hidden_size // heads
+        if self.attention_bias and not self.qk_norm:
+            raise Misuse(
+                "attention_bias needs qk_norm (attention without query-key norm has no biases), got qk_norm=False"
+            )
 
     @property
     def sub_layers(self) -> list[list[SubLayer]]:

@@ -71,7 +71,8 @@ def swiglu_parameters(config: MoestroConfig, width: int) -> int:
 def forward_flops_per_token(config: MoestroConfig, sequence_length: int) -> int:
     """Multiply-adds count two; norms, activations and softmaxes are left out; attention counts every pair of positions.
 
-    Counting all pairs, not the causal half, is the convention of PaLM (arXiv:2204.02311, appendix B) and of PyTorch's flop counter.
+    Counting all pairs, not the causal half, is the convention of PaLM (arXiv:2204.02311, appendix B) and of PyTorch's
+    flop counter.
     """
     products = config.vocab_size * config.hidden_size
     for block in config.sub_layers:

@@ -15,8 +15,8 @@ from moestro.routing import Routing
 class Router(nn.Module):
     """A weight matrix and a rule: tokens to a `Routing`.
 
-    Returns transformers' triple (logits, weights, indices), so that whatever hooks stock routers hooks this one; all in fp32, under
-    autocast too, because a choice between near-equal logits should not depend on rounding.
+    Returns transformers' triple (logits, weights, indices), so that whatever hooks stock routers hooks this one; all
+    in fp32, under autocast too, because a choice between near-equal logits should not depend on rounding.
     """
 
     def __init__(self, config: MoestroConfig, spec: MoE):
@@ -52,8 +52,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """The routed SwiGLU experts as fused 3-D weights, run by whichever experts backend the config names.
 
-    What stands below is the `eager` backend. It unbinds the weights once: indexing `weight[e]` inside a loop would write a zero
-    gradient of the size of all experts for each of them.
+    What stands below is the `eager` backend. It unbinds the weights once: indexing `weight[e]` inside a loop would
+    write a zero gradient of the size of all experts for each of them.
     """
 
     def __init__(self, config: MoestroConfig, spec: MoE):

@@ -1,7 +1,8 @@
 """`MoestroForCausalLM`: a decoder native to transformers, whose blocks list their feed-forward sub-layers.
 
-Attention, norms and rotary embedding are transformers' own; experts follow its `@use_experts_implementation` interface (see
-`moestro.models.layers`), so every registered experts backend, PEFT, expert-parallel plans and generation work unchanged.
+Attention, norms and rotary embedding are transformers' own; experts follow its `@use_experts_implementation`
+interface (see `moestro.models.layers`), so every registered experts backend, PEFT, expert-parallel plans and
+generation work unchanged.
 """
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
@@ -82,14 +83,17 @@ class MoestroPreTrainedModel(PreTrainedModel):
             if module.selection_bias is not None:
                 init.zeros_(module.selection_bias)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs):
-        """As in transformers, but reentrant checkpointing is refused: it silently drops the gradient of auxiliary losses."""
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, *args, **kwargs):
+        """As in transformers (its `gradient_checkpointing_enable` ends here too), but never reentrant, which silently
+        drops the gradient of auxiliary losses and is torch's default wherever other options are passed alone.
+        """
+        options = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        if options["use_reentrant"] is not False:
             raise Misuse(
                 "checkpointing must not be reentrant (auxiliary losses would lose their gradient): pass "
-                'gradient_checkpointing_kwargs={"use_reentrant": False}, got use_reentrant=True'
+                f'{{"use_reentrant": False}}, got use_reentrant={options["use_reentrant"]}'
             )
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(options, *args, **kwargs)
 
 
 class MoestroModel(MoestroPreTrainedModel):
@@ -125,7 +129,8 @@ class MoestroModel(MoestroPreTrainedModel):
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
+        make_mask = create_causal_mask if self.config.sliding_window is None else create_sliding_window_causal_mask
+        mask = make_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
@@ -149,8 +154,8 @@ class MoestroModel(MoestroPreTrainedModel):
 class MoestroForCausalLM(MoestroPreTrainedModel, GenerationMixin):
     """The decoder with its language-model head.
 
-    `chunked_loss` (an attribute, off by default): while training with labels, the cross-entropy and its gradient are computed in
-    chunks of tokens and `logits` are not returned, which saves their memory and most of their time.
+    `chunked_loss` (an attribute, off by default): while training with labels, the cross-entropy and its gradient are
+    computed in chunks of tokens and `logits` are not returned, which saves their memory and most of their time.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

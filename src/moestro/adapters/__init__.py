@@ -1,0 +1,6 @@
+"""Attaching to models: records from their MoE layers, and auxiliary losses into their gradient."""
+
+from moestro.adapters.aux_losses import AuxLosses as AuxLosses
+from moestro.adapters.layers import moe_layers as moe_layers
+from moestro.adapters.meter import RoutingMeter as RoutingMeter
+from moestro.adapters.observe import observe as observe

@@ -1,0 +1,234 @@
+"""The command line: results on stdout, progress on stderr; exit 0 done, 1 failed, 2 misuse."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import transformers
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from moestro.compare import compare as compare_runs
+from moestro.compare import plan as plan_comparison
+from moestro.data.prepare import PreparedData, prepare
+from moestro.errors import Misuse, TrainingFailed
+from moestro.models import MoestroForCausalLM
+from moestro.models.siblings import export_stock
+from moestro.report.terminal import print_comparison
+from moestro.training.estimate import Estimate, estimates
+from moestro.training.recipes import RECIPES, Recipe, recipe
+from moestro.training.train import Interrupted, Options
+from moestro.training.train import train as train_run
+
+DEFAULT_MAX_BYTES = 4 * 2**20
+"""Of each domain of the default corpus, so that its largest domain does not drown the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """The text."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders, globs or hf:NAME; LABEL=PATH names its domain, PATH::COLUMN its text column. Default: the
+    standard library of this Python."""
+    text_column: str = "text"
+    """Column that holds the text in .jsonl, .csv and .parquet; a+b joins two."""
+    tokenizer: str | None = None
+    """Folder or name of a tokenizer of transformers. Default: a byte-level BPE trained on the text."""
+    max_bytes: int | None = None
+    """Use at most this much of each domain."""
+
+    def prepare(self, recipe: Recipe) -> PreparedData:
+        """The data for one recipe."""
+        t = recipe.training
+        return prepare(
+            self.data,
+            tokenizer=self.tokenizer or recipe.model.vocab_size,
+            sequence_length=t.sequence_length,
+            text_column=self.text_column,
+            max_bytes=self.max_bytes or (None if self.data else DEFAULT_MAX_BYTES),
+            block_diagonal=t.block_diagonal,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """Fields of every recipe; one recipe's own are overridden as in smoe:top_k=4."""
+
+    size: str = "tiny"
+    """tiny, small, base, large or 7b."""
+    tokens: int | None = None
+    """Training tokens of each run."""
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    sequence_length: int | None = None
+    vocab_size: int | None = None
+    learning_rate: float | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    compile: bool | None = None
+    """Compile each decoder layer (pays in long runs)."""
+    checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, more time."""
+    set: tuple[str, ...] = ()
+    """Any other field of every recipe, as FIELD=VALUE."""
+
+    def recipe(self, spec: str) -> Recipe:
+        """The recipe that `spec` names, with these fields."""
+        fields = {k: v for k, v in asdict(self).items() if v is not None and k not in ("size", "set")}
+        for text in self.set:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise Misuse(f"--set must read FIELD=VALUE, got {text!r}")
+            fields[name] = value
+        return recipe(spec, self.size, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Where results go."""
+
+    out: Path | None = None
+    """Folder of the results. Default: runs/ and a name made of the recipes."""
+    report_to: tuple[str, ...] = ()
+    """Experiment trackers that transformers knows: tensorboard, wandb, trackio ..."""
+    dry_run: bool = False
+    """Print parameters, FLOPs, memory and time, and stop."""
+
+
+def train(
+    recipe: tyro.conf.Positional[str],
+    /,
+    seed: int = 0,
+    export_stock: bool = False,
+    recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags(),
+    data_flags: Annotated[DataFlags, tyro.conf.arg(name="")] = DataFlags(),
+    run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = RunFlags(),
+) -> None:
+    """Train one recipe.
+
+    Args:
+        recipe: A recipe, as `moestro recipes` lists them; NAME:FIELD=VALUE,... overrides fields.
+        seed: Of initial weights and data order.
+        export_stock: Save the finished model as its stock transformers sibling too, where it has one.
+    """
+    chosen = recipe_flags.recipe(recipe)
+    if run_flags.dry_run:
+        print_estimates(estimates([chosen]))
+        return
+    console = Console(stderr=True)
+    data = data_flags.prepare(chosen)
+    folder = run_flags.out or Path("runs") / f"{slug([recipe])}-{chosen.size}-seed-{seed}"
+    run = train_run(chosen, data, folder, seed=seed, console=console, options=Options(report_to=run_flags.report_to))
+    if export_stock:
+        export(folder)
+    print(f"held-out loss {run.held_out.loss:.4f} nats/token, {run.held_out.bits_per_byte:.4f} bits/byte: {folder}")
+
+
+def compare(
+    recipes: tyro.conf.Positional[tuple[str, ...]] = ("dense", "smoe", "fine-grained"),
+    /,
+    seeds: int = 3,
+    first_seed: int = 0,
+    match: Literal["tokens", "flops"] = "tokens",
+    allow_unequal: bool = False,
+    recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags(),
+    data_flags: Annotated[DataFlags, tyro.conf.arg(name="")] = DataFlags(),
+    run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = RunFlags(),
+) -> None:
+    """Train recipes on an equal budget, paired by seed; print the table, write comparison.json and report.html.
+
+    Args:
+        recipes: Recipes, as `moestro recipes` lists them; the first is what the others are compared to.
+        seeds: How many seeds; three or more give an interval.
+        first_seed: The seeds count up from this one.
+        match: What is equal between recipes, training tokens or training FLOPs.
+        allow_unequal: Compare although budgets differ, and mark the table.
+    """
+    chosen = [recipe_flags.recipe(spec) for spec in recipes]
+    the_plan = plan_comparison(
+        chosen,
+        seeds=range(first_seed, first_seed + seeds),
+        match=match,
+        allow_unequal=allow_unequal,
+        command=["moestro", *sys.argv[1:]],
+    )
+    if run_flags.dry_run:
+        print_estimates(estimates(the_plan.recipes, runs=seeds))
+        return
+    data = data_flags.prepare(chosen[0])
+    folder = run_flags.out or Path("runs") / f"compare-{slug(recipes)}-{chosen[0].size}"
+    console = Console(stderr=True)
+    options = Options(report_to=run_flags.report_to)
+    comparison = compare_runs(the_plan, data, folder, console=console, options=options)
+    print_comparison(comparison, Console())
+    print(f"\nreport: {folder / 'report.html'}")
+
+
+def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags()) -> None:
+    """List the recipes and what they cost at one size."""
+    print_estimates(estimates([recipe_flags.recipe(name) for name in RECIPES]))
+
+
+def print_estimates(rows: list[Estimate]) -> None:
+    """What is known before anything is built."""
+    first, console = rows[0], Console()
+    table = Table(title=f"size {first.size}, {first.tokens:,} tokens per run, sequences of {first.sequence_length}")
+    for column in ("recipe", "parameters", "active", "forward FLOPs/token", "memory", "time"):
+        table.add_column(column, justify="left" if column == "recipe" else "right")
+    for row in rows:
+        memory = f"{row.memory_bytes / 1e9:,.1f} GB"
+        counts = [f"{n:,}" for n in (row.parameters, row.active_parameters, row.forward_flops)]
+        table.add_row(row.name, *counts, memory, row.duration)
+    console.print(table)
+    for row in rows:
+        console.print(f"{row.name}: {row.description}", markup=False)
+    console.print(
+        f"Memory is an estimate: weights, gradients and AdamW in fp32, and activations. Time is a lower bound: "
+        f"{first.runs} run(s) at this machine's full speed in {first.dtype} matrix products, "
+        f"{first.device_flops / 1e9:,.0f} GFLOP/s (measured now).",
+        markup=False,
+    )
+
+
+def export(folder: Path) -> None:
+    """Save the finished model of a run as its stock sibling."""
+    export_stock(MoestroForCausalLM.from_pretrained(folder / "model"), folder / "stock")
+
+
+def slug(recipes: tuple[str, ...] | list[str]) -> str:
+    """A folder name made of recipe specs."""
+    return "-vs-".join("".join(c if c.isalnum() or c in "+-=.," else "_" for c in spec) for spec in recipes)
+
+
+def main() -> None:
+    """The `moestro` program."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    commands = {"compare": compare, "train": train, "recipes": recipes}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="moestro", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+        )
+    except Misuse as error:
+        fail(str(error), 2)
+    except TrainingFailed as error:
+        fail(str(error), 1)
+    except Interrupted as stop:
+        fail(str(stop), 130)
+    except KeyboardInterrupt:
+        fail("stopped at once; the same command goes on from the last checkpoint", 130)
+
+
+def fail(message: str, code: int) -> None:
+    """One line on stderr, and out."""
+    print(f"moestro: {message}", file=sys.stderr)
+    sys.stderr.flush()
+    # Other threads (progress, data) must not turn a plain message into a traceback at exit.
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

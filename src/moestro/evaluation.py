@@ -1,0 +1,137 @@
+"""Held-out loss per document and domain, and what the routing looks like on the held-out text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from moestro.adapters.meter import RoutingMeter
+from moestro.comparison import DomainLoss, HeldOut, LayerStatistics
+from moestro.data.packing import PackedRows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """One pass over the held-out rows."""
+
+    nll: Float[np.ndarray, " documents"]
+    """Summed negative log-likelihood of each document, in nats."""
+    tokens: Int[np.ndarray, " documents"]
+    layers: tuple[LayerStatistics, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats per token over all documents."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    rows: PackedRows,
+    domains: Sequence[str],
+    *,
+    batch_tokens: int = 4096,
+    max_rows: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    routing: bool = True,
+) -> Evaluation:
+    """Evaluate `model` on held-out rows (the first `max_rows`), over all ranks where there are several.
+
+    Every rank takes every n-th row and gets the same result. `dtype` bfloat16 means autocast, as in training.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    num_documents = len(rows.document_domain)
+    sums = torch.zeros(2, num_documents, dtype=torch.float64, device=device)
+    meter = RoutingMeter(num_domains=len(domains))
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = range(rank, min(len(rows), max_rows or len(rows)), ranks)
+    batch_rows = max(1, batch_tokens // rows.sequence_length)
+    has_experts = routing and bool(getattr(model.config, "has_experts", False))  # type: ignore[union-attr]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        if has_experts:
+            with meter.attach(model) as current:
+                for start in range(0, len(mine), batch_rows):
+                    batch = collate(rows, mine[start : start + batch_rows], device)
+                    current.domain = batch["domain"]
+                    add_losses(sums, model, batch)
+        else:
+            for start in range(0, len(mine), batch_rows):
+                add_losses(sums, model, collate(rows, mine[start : start + batch_rows], device))
+    if ranks > 1:
+        dist.all_reduce(sums)
+    model.train(was_training)
+    nll, tokens = sums.cpu().numpy()
+    return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layer_statistics(meter, domains))
+
+
+def collate(rows: PackedRows, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
+    """Rows as one batch."""
+    items = [rows[index] for index in indices]
+    return {name: torch.stack([item[name] for item in items]).to(device) for name in items[0]}
+
+
+def add_losses(sums: Float[Tensor, "2 documents"], model: nn.Module, batch: dict[str, Tensor]) -> None:
+    """Add each document's summed loss and number of predicted tokens."""
+    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+    logits = model(**inputs, use_cache=False).logits
+    labels = batch["labels"][:, 1:]
+    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
+    document = batch["document"][:, 1:].flatten()
+    sums[0].index_add_(0, document, losses.double())
+    sums[1].index_add_(0, document, (labels.flatten() != -100).double())
+
+
+def layer_statistics(meter: RoutingMeter, domains: Sequence[str]) -> tuple[LayerStatistics, ...]:
+    """What the meter counted, as records of a comparison."""
+    return tuple(
+        LayerStatistics(
+            name=name,
+            load=tuple(figures.load),
+            domain_load={domain: tuple(load) for domain, load in zip(domains, figures.domain_load, strict=True)},
+            max_vio_batch=figures.max_vio_batch,
+            max_vio_data=figures.max_vio_data,
+            dead_experts=figures.dead_experts,
+            entropy=figures.entropy,
+            confidence=figures.confidence,
+            mutual_information=figures.mutual_information,
+        )
+        for name, figures in meter.figures().items()
+    )
+
+
+def held_out(
+    evaluation: Evaluation,
+    document_bytes: Int[np.ndarray, " documents"],
+    document_domain: Int[np.ndarray, " documents"],
+    domains: Sequence[str],
+) -> HeldOut:
+    """The endpoint of a run, over all documents and per domain."""
+    nll, tokens = evaluation.nll, evaluation.tokens
+
+    def domain_loss(chosen: np.ndarray) -> DomainLoss:
+        return DomainLoss(
+            loss=float(nll[chosen].sum() / tokens[chosen].sum()),
+            bits_per_byte=float(nll[chosen].sum() / math.log(2) / document_bytes[chosen].sum()),
+            tokens=int(tokens[chosen].sum()),
+        )
+
+    everything = domain_loss(tokens > 0)
+    return HeldOut(
+        loss=everything.loss,
+        perplexity=math.exp(everything.loss) if everything.loss < 700 else None,
+        bits_per_byte=everything.bits_per_byte,
+        domains={
+            domain: domain_loss(chosen)
+            for index, domain in enumerate(domains)
+            if (chosen := (document_domain == index) & (tokens > 0)).any()
+        },
+    )

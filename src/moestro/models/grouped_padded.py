@@ -1,0 +1,229 @@
+"""`padded_mm`: an experts implementation that is quick where experts in bf16 on a CPU are slow.
+
+transformers' own `grouped_mm` has two costs under bf16 autocast on a CPU. It casts the tokens to the dtype of the
+*weights*, so experts run in fp32. And where the weights are bf16, oneDNN generates a kernel for every group size that
+it has not met, and routing makes new sizes at every step. So here the weights are cast as well, and each expert's group
+of rows is rounded up to a multiple of 32 with rows of zeros: few sizes, few kernels. docs/log.md has the measurements.
+
+The vocabulary: a *pair* is one (token, choice), numbered token * k + choice; a *row* is a line of the matrices that the
+experts multiply: pairs sorted by expert, and the zero rows. Pairs and rows are only ever gathered, in the backward pass
+as well, so results are deterministic. No shape depends on the routing, so `torch.compile(fullgraph=True)` works.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+PADDED_MM = "padded_mm"
+_MULTIPLE = 32
+
+
+def register() -> None:
+    """Make `experts_implementation="padded_mm"` known to transformers. Calling it again changes nothing."""
+    ALL_EXPERTS_FUNCTIONS.register(PADDED_MM, padded_mm_experts_forward)
+
+
+def padded_mm_experts_forward(
+    self: nn.Module,
+    hidden_states: Float[Tensor, "tokens dim"],
+    top_k_index: Int[Tensor, "tokens k"],
+    top_k_weights: Float[Tensor, "tokens k"],
+) -> Float[Tensor, "tokens dim"]:
+    """Run each token through its chosen experts and mix their outputs: transformers' experts interface.
+
+    Args:
+        self: any module decorated with `use_experts_implementation`; all the decorator's flags are obeyed.
+        hidden_states: the tokens.
+        top_k_index: the chosen experts. Under expert parallelism ids >= `num_experts` live on another rank and add 0.
+        top_k_weights: how much each expert's output counts.
+
+    Returns:
+        Per token, the sum over its experts of weight * output, in the dtype of `hidden_states`.
+    """
+    experts: Any = self  # the decorator and the model's own class set what is read below
+    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
+    up, down = getattr(experts, up_name), experts.down_proj
+    dtype = _compute_dtype(down)
+    layout = _lay_out(top_k_index, experts, dtype)
+    expert = top_k_index.flatten().clamp(max=experts.num_experts - 1)
+
+    rows = layout.mask_rows(_PairsToRows.apply(hidden_states, layout.row_of_pair, layout.token_of_row, dtype))
+    rows = _grouped_linear(rows, up, layout.ends, experts.is_transposed)
+    if experts.has_bias:
+        rows = rows + getattr(experts, f"{up_name}_bias").to(dtype)[layout.expert_of_row()]
+    rows = layout.mask_rows(rows)
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = _grouped_linear(rows, down, layout.ends, experts.is_transposed)
+
+    outputs = _RowsToPairs.apply(rows, layout.row_of_pair, layout.pair_of_row)
+    if experts.has_bias:
+        outputs = outputs + experts.down_proj_bias.to(dtype)[expert]
+    outputs = layout.mask_pairs(outputs)
+    if experts.has_post_expert_norm:
+        outputs = experts.post_expert_norm(outputs)
+    weighted = outputs.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
+    return weighted.sum(1, dtype=hidden_states.dtype)
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Layout:
+    """Which pair stands in which row.
+
+    Attributes:
+        row_of_pair: "tokens k".
+        pair_of_row: "rows"; the number of pairs in a row of zeros.
+        token_of_row: "rows"; the number of tokens in a row of zeros.
+        ends: "experts", int32, where each expert's group of rows ends.
+        foreign_rows, foreign_pairs: which ones no expert of this rank computes, so that what stands there is
+            uninitialised memory, forward and backward. None without expert parallelism: then there are none.
+    """
+
+    row_of_pair: Tensor
+    pair_of_row: Tensor
+    token_of_row: Tensor
+    ends: Tensor
+    foreign_rows: Tensor | None
+    foreign_pairs: Tensor | None
+
+    def mask_rows(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+        """Zeros in the foreign rows, and in their gradient."""
+        return rows if self.foreign_rows is None else rows.masked_fill(self.foreign_rows.unsqueeze(-1), 0.0)
+
+    def mask_pairs(self, outputs: Float[Tensor, "pairs dim"]) -> Float[Tensor, "pairs dim"]:
+        """Zeros for the foreign pairs, and in their gradient."""
+        return outputs if self.foreign_pairs is None else outputs.masked_fill(self.foreign_pairs.unsqueeze(-1), 0.0)
+
+    def expert_of_row(self) -> Int[Tensor, " rows"]:
+        """Whose bias each row gets."""
+        row = torch.arange(len(self.pair_of_row), device=self.ends.device, dtype=self.ends.dtype)
+        return torch.searchsorted(self.ends, row, right=True).clamp(max=len(self.ends) - 1)
+
+
+def _lay_out(expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch.dtype) -> _Layout:
+    """Sort the pairs by expert, and give each expert as many rows as its pairs need."""
+    tokens, k = expert_of_pair.shape
+    flat, device = expert_of_pair.flatten(), expert_of_pair.device
+    multiple = _rows_multiple(len(flat), experts.num_experts, dtype, device)
+    experts_and_foreign = torch.arange(experts.num_experts + 1, device=device)
+
+    pair_in_order = torch.argsort(flat, stable=True)
+    expert_in_order = flat[pair_in_order].clamp(max=experts.num_experts)
+    begins = torch.searchsorted(expert_in_order, experts_and_foreign)
+    group_sizes = (begins.diff() + multiple - 1) // multiple * multiple
+    padded_begins = F.pad(group_sizes.cumsum(0), (1, 0))
+    row_in_order = torch.arange(len(flat), device=device) + (padded_begins - begins)[expert_in_order]
+
+    used_experts = min(experts.num_experts, len(flat))
+    num_rows = -(-(len(flat) + (multiple - 1) * used_experts) // multiple) * multiple
+    row_of_pair = torch.empty_like(pair_in_order).scatter(0, pair_in_order, row_in_order)
+    pair_of_row = pair_in_order.new_full((num_rows,), len(flat)).scatter(0, row_in_order, pair_in_order)
+    ends = padded_begins[1:].int()
+    if experts._is_expert_parallel:
+        foreign_rows, foreign_pairs = torch.arange(num_rows, device=device) >= ends[-1], flat >= experts.num_experts
+    else:  # The last expert multiplies what is left of the buffer, all zeros: nothing stays uninitialised.
+        ends = torch.cat([ends[:-1], ends.new_full((1,), num_rows)])
+        foreign_rows = foreign_pairs = None
+    return _Layout(
+        row_of_pair=row_of_pair.view(tokens, k),
+        pair_of_row=pair_of_row,
+        token_of_row=torch.div(pair_of_row, k, rounding_mode="floor"),
+        ends=ends,
+        foreign_rows=foreign_rows,
+        foreign_pairs=foreign_pairs,
+    )
+
+
+def _rows_multiple(pairs: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> int:
+    """What group sizes are rounded up to. Kernels for each size are peculiar to half precision on a CPU; and while
+    groups are small they have few sizes anyway, and zero rows would be most of the work.
+    """
+    worthwhile = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and pairs >= 16 * num_experts
+    return _MULTIPLE if worthwhile else 1
+
+
+class _PairsToRows(Function):
+    """Each row's token in the compute dtype, or zeros. Its gradient sums each token's rows."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, row_of_pair: Tensor, token_of_row: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(row_of_pair)
+        ctx.dtype = hidden.dtype
+        hidden = hidden.to(dtype)
+        if len(token_of_row) > row_of_pair.numel():
+            hidden = _append_zero_row(hidden)
+        return hidden.index_select(0, token_of_row)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rows: Tensor):
+        (row_of_pair,) = ctx.saved_tensors
+        # embedding_bag is index_select and sum in one pass over memory.
+        return F.embedding_bag(row_of_pair, grad_rows, mode="sum").to(ctx.dtype), None, None, None
+
+
+class _RowsToPairs(Function):
+    """Each pair's row. Its gradient is zero in rows without a pair."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, row_of_pair: Tensor, pair_of_row: Tensor) -> Tensor:
+        ctx.save_for_backward(pair_of_row)
+        return rows.index_select(0, row_of_pair.flatten())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_pairs: Tensor):
+        (pair_of_row,) = ctx.saved_tensors
+        if len(pair_of_row) > len(grad_pairs):
+            grad_pairs = _append_zero_row(grad_pairs)
+        return grad_pairs.index_select(0, pair_of_row), None, None
+
+
+def _append_zero_row(x: Float[Tensor, "n dim"]) -> Float[Tensor, "n+1 dim"]:
+    return torch.cat([x, x.new_zeros(1, x.shape[1])])
+
+
+def _grouped_linear(
+    rows: Float[Tensor, "rows in"], weight: Float[Tensor, "experts out_or_in in_or_out"], ends: Tensor, transposed: bool
+) -> Float[Tensor, "rows out"]:
+    """Each group of rows times its expert's weight, [out, in] or [in, out] if `transposed`."""
+    widths_fit = all(width * rows.element_size() % 16 == 0 for width in weight.shape[1:])
+    compiled = torch.compiler.is_compiling() and rows.dtype != torch.bfloat16
+    if rows.dtype == torch.float64 or compiled or not widths_fit:  # what torch's grouped_mm cannot do
+        matrix = weight if transposed else weight.transpose(1, 2)
+        return torch.ops.transformers.grouped_mm_fallback(rows, matrix.to(rows.dtype), ends)
+    return _GroupedLinear.apply(rows, weight, ends, transposed)
+
+
+class _GroupedLinear(Function):
+    """torch's grouped_mm with the cast of the weight inside, and gradients laid out as the weight is."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, weight: Tensor, ends: Tensor, transposed: bool) -> Tensor:
+        cast = weight.to(rows.dtype)
+        ctx.save_for_backward(rows, cast, ends)
+        ctx.transposed, ctx.weight_dtype = transposed, weight.dtype
+        return F.grouped_mm(rows, cast if transposed else cast.transpose(1, 2), offs=ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, weight, ends = ctx.saved_tensors
+        grad_rows = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_rows = F.grouped_mm(grad, weight.transpose(1, 2) if ctx.transposed else weight, offs=ends)
+        if ctx.needs_input_grad[1]:
+            left, right = (rows, grad) if ctx.transposed else (grad, rows)
+            grad_weight = F.grouped_mm(left.t(), right, offs=ends).to(ctx.weight_dtype)
+        return grad_rows, grad_weight, None, None

@@ -1,0 +1,98 @@
+"""Where the tokens went: expert load per layer, and per domain within each layer, as plotly heat maps.
+
+A cell is a load over the uniform load (1: as many choices as if all experts were alike). Colour follows its logarithm
+to base 2, so that half and double are equally far from the middle, and ends at a quarter and at four times. A cross
+marks an expert that no token chose.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from moestro.comparison import Comparison, LayerStatistics
+from moestro.report.curves import Figure, frame
+from moestro.report.text import plotly_label, shortened
+
+_LIMIT = 2.0  # powers of two
+_COLOURS = [
+    [0.0, "--load-low"],
+    [0.25, "--load-lower"],
+    [0.5, "--load-even"],
+    [0.75, "--load-higher"],
+    [1.0, "--load-high"],
+]
+_LONGEST_LABEL = 22
+
+
+def expert_figures(comparison: Comparison) -> dict[str, Any]:
+    """Per recipe index and seed index, as "1/0": the load of all layers, and for each layer the load by domain.
+
+    Dense recipes have none.
+    """
+    return {
+        f"{recipe_index}/{run_index}": {
+            "load": load_figure(run.layers),
+            "domains": [domain_figure(layer) for layer in run.layers],
+        }
+        for recipe_index, recipe in enumerate(comparison.recipes)
+        for run_index, run in enumerate(recipe.runs)
+        if run.layers
+    }
+
+
+def load_figure(layers: Sequence[LayerStatistics]) -> Figure:
+    """Layers (first on top) by experts."""
+    return _figure([f"layer {index}" for index in range(len(layers))], [layer.load for layer in layers])
+
+
+def domain_figure(layer: LayerStatistics) -> Figure:
+    """Domains by experts within one layer."""
+    return _figure(list(layer.domain_load), list(layer.domain_load.values()))
+
+
+def moe_recipes(comparison: Comparison) -> list[tuple[int, str]]:
+    """Index and name of every recipe that has MoE layers."""
+    return [(i, recipe.name) for i, recipe in enumerate(comparison.recipes) if all(run.layers for run in recipe.runs)]
+
+
+def _figure(names: list[str], loads: list[tuple[float, ...]]) -> Figure:
+    width = max((len(load) for load in loads), default=0)
+    ratios = [_ratios(load) + [None] * (width - len(load)) for load in loads]
+    trace = {
+        "type": "heatmap",
+        "z": [[None if ratio is None else _colour_position(ratio) for ratio in row] for row in ratios],
+        "customdata": ratios,
+        "text": [["×" if ratio == 0 else "" for ratio in row] for row in ratios],
+        "texttemplate": "%{text}",
+        "textfont": {"color": "--dead", "size": 13},
+        "hovertemplate": "expert %{x}<br>%{customdata:.2f} × uniform<extra>%{y}</extra>",
+        "zmin": -_LIMIT,
+        "zmax": _LIMIT,
+        "colorscale": _COLOURS,
+        "showscale": False,
+        "xgap": 1 if width <= 128 else 0,
+        "ygap": 1,
+    }
+    return {"data": [trace], "layout": _layout(names)}
+
+
+def _layout(names: list[str]) -> Figure:
+    layout = frame(height=26 * len(names) + 46)
+    layout["xaxis"] |= {"title": {"text": "expert", "standoff": 4, "font": {"size": 12}}, "nticks": 17}
+    for axis in ("xaxis", "yaxis"):
+        layout[axis] |= {"showgrid": False, "showline": False, "ticks": ""}
+    layout["yaxis"] |= {
+        "autorange": "reversed",
+        "tickvals": list(range(len(names))),
+        "ticktext": [plotly_label(shortened(name, _LONGEST_LABEL)) for name in names],
+    }
+    return layout
+
+
+def _colour_position(ratio: float) -> float:
+    return max(-_LIMIT, min(_LIMIT, round(math.log2(ratio), 3))) if ratio > 0 else -_LIMIT
+
+
+def _ratios(load: tuple[float, ...]) -> list[float | None]:
+    """Loads over the uniform one; unknown where there was nothing to choose, as in a domain without tokens."""
+    return [float(f"{share * len(load):.4g}") for share in load] if any(load) else [None] * len(load)

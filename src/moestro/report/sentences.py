@@ -1,0 +1,125 @@
+"""What the comparison says, in words; the same in the report and in the terminal."""
+
+from moestro.comparison import Comparison, RecipeResult
+from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
+from moestro.statistics import ALPHA, MIN_SEEDS, Difference, Verdict
+
+
+def headline(comparison: Comparison) -> str:
+    """The plain answer."""
+    first, *others = comparison.recipes
+    if not others:
+        loss = mean([run.held_out.loss for run in first.runs])
+        return f"{first.name} reaches {fixed(loss)} nats per token on held-out text"
+    seeds = len(comparison.seeds)
+    if seeds < MIN_SEEDS:
+        return f"Too few seeds to rank: {seeds} of the {MIN_SEEDS} that it takes"
+    better = _with_verdict(others, "better")
+    worse = [result.name for result in _with_verdict(others, "worse")]
+    if len(better) == 1 and better[0].difference:
+        size = fixed(-better[0].difference.mean, decimals_of(comparison))
+        return f"{better[0].name} beats {first.name} by {size} nats per token"
+    if better:
+        return f"{_listed([result.name for result in better])} beat {first.name} on held-out text"
+    if len(worse) == len(others):
+        return f"{first.name} beats {_listed(worse)} on held-out text"
+    if worse:
+        return f"Nothing beats {first.name}; {_listed(worse)} {_is(worse)} worse"
+    return f"No difference from {first.name} stands out of the noise of {seeds} seeds"
+
+
+def budget(comparison: Comparison) -> str:
+    """What was compared, on what."""
+    b, count, seeds = comparison.budget, len(comparison.recipes), len(comparison.seeds)
+    recipes = "One recipe" if count == 1 else f"{count} recipes"
+    of_each = f"{metric(b.tokens)} tokens ({b.steps:,} steps of {b.batch_tokens:,})"
+    if b.match == "flops":
+        of_each = f"the training FLOPs that {comparison.recipes[0].name} spends on {of_each}"
+    trained = f"{recipes}, about {metric(b.parameters)} active parameters each, trained with {_counted(seeds, 'seed')}"
+    return f"{trained} on {of_each} in sequences of {b.sequence_length:,}, {b.dtype}."
+
+
+def held_out(comparison: Comparison) -> str:
+    """What the endpoint is measured on."""
+    d = comparison.data
+    domains = len({name for recipe in comparison.recipes for run in recipe.runs for name in run.held_out.domains})
+    size = f"{metric(d.held_out_tokens)} tokens of {_counted(d.held_out_documents, 'document')}"
+    return f"Measured on held-out text: {size} in {_counted(domains, 'domain')} that no run has seen."
+
+
+def difference(comparison: Comparison, result: RecipeResult) -> str:
+    """How far a recipe's held-out loss lies from the first's: "0.012 nats lower than dense [0.004, 0.020], 3 seeds"."""
+    found, first = result.difference, comparison.recipes[0].name
+    if found is None:
+        return "what the others are compared to"
+    decimals = decimals_of(comparison)
+    size = fixed(abs(found.mean), decimals)
+    seeds = _counted(len(found.by_seed), "seed")
+    if found.mean == 0:
+        return f"equal to {first}, {seeds}"
+    lower = found.mean < 0
+    words = f"{size} nats {'lower' if lower else 'higher'} than {first}"
+    if found.interval is None:
+        return f"{words}, {seeds}"
+    ends = sorted(-end if lower else end for end in found.interval)
+    return f"{words} [{', '.join(fixed(end, decimals) for end in ends)}], {seeds}"
+
+
+def reason(comparison: Comparison, found: Difference) -> str:
+    """Why the verdict is not "better" or "worse"; empty where it is."""
+    if found.verdict == "too few seeds to rank":
+        return f"an interval takes {MIN_SEEDS} seeds"
+    if found.verdict != "not answered":
+        return ""
+    if found.interval is None or found.p_holm is None or found.minimum_detectable is None:
+        return "every seed gave the same difference, which says nothing about noise"
+    if found.interval[0] <= 0 <= found.interval[1]:
+        return "the interval includes zero"
+    if found.p_holm >= ALPHA:
+        return f"p = {fixed(found.p_holm, 2)} after Holm's correction for the number of recipes"
+    least = fixed(found.minimum_detectable, decimals_of(comparison))
+    return f"below {least}, the least that this study would reliably find"
+
+
+def noise(comparison: Comparison, result: RecipeResult) -> str:
+    """What size of difference this comparison could not have told from noise."""
+    found = result.difference
+    if found is None:
+        return ""
+    decimals = decimals_of(comparison)
+    if found.minimum_detectable is not None:
+        size = fixed(found.minimum_detectable, decimals)
+        return f"A true difference smaller than {size} nats would be missed more than one time in five."
+    if found.verdict == "too few seeds to rank":
+        by_seed = ", ".join(signed(value, decimals) for value in found.by_seed)
+        return f"By seed: {by_seed}. How much of it is noise takes {MIN_SEEDS} seeds to say."
+    return "Every seed gave the same difference: the seeds varied nothing, and noise cannot be told."
+
+
+def decimals_of(comparison: Comparison) -> int:
+    """Decimals for differences: enough for the narrowest interval, the same for all recipes so that columns align."""
+    return max((decimals_for(_spread(r.difference)) for r in comparison.recipes if r.difference is not None), default=3)
+
+
+def _spread(found: Difference) -> float:
+    if found.interval is not None:
+        return (found.interval[1] - found.interval[0]) / 2
+    return abs(found.mean)
+
+
+def _with_verdict(results: list[RecipeResult], verdict: Verdict) -> list[RecipeResult]:
+    """Those results, the lowest mean first."""
+    found = [(r.difference.mean, i) for i, r in enumerate(results) if r.difference and r.difference.verdict == verdict]
+    return [results[i] for _, i in sorted(found)]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"

@@ -1,0 +1,93 @@
+"""What a run will cost, from its recipe alone: nothing is built, so a 7B model can be planned on a laptop."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moestro.models.configuration import Dense
+from moestro.models.counting import count_parameters, forward_flops_per_token, training_flops_per_token
+from moestro.training.precision import faster_dtype, product_seconds
+from moestro.training.recipes import Recipe
+
+PROBE = 768
+"""Side of the square matrix products that measure this machine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """Counts are exact; memory is estimated; time is a lower bound."""
+
+    name: str
+    size: str
+    description: str
+    parameters: int
+    active_parameters: int
+    forward_flops: int
+    tokens: int
+    sequence_length: int
+    memory_bytes: float
+    seconds: float
+    dtype: str
+    device_flops: float
+    runs: int
+
+    @property
+    def duration(self) -> str:
+        """The time in a unit that reads well."""
+        for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+            if self.seconds >= 2 * length:
+                return f"{self.seconds / length:,.1f} {unit}"
+        return f"{self.seconds:.0f} s"
+
+
+def estimates(recipes: Sequence[Recipe], runs: int = 1) -> list[Estimate]:
+    """The cost of `runs` runs of each recipe on this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    auto = faster_dtype(device)[0]
+    dtypes = [auto if r.training.dtype == "auto" else getattr(torch, r.training.dtype) for r in recipes]
+    speed = {dtype: 2 * PROBE**3 / product_seconds(dtype, device, size=PROBE) for dtype in set(dtypes)}
+    return [estimate(recipe, runs, dtype, speed[dtype]) for recipe, dtype in zip(recipes, dtypes, strict=True)]
+
+
+def estimate(recipe: Recipe, runs: int, dtype: torch.dtype, speed: float) -> Estimate:
+    """The cost of one recipe at `speed` FLOPs per second."""
+    t = recipe.training
+    config = recipe.model.config(t.sequence_length)
+    count = count_parameters(config)
+    return Estimate(
+        name=recipe.name,
+        size=recipe.size,
+        description=recipe.description,
+        parameters=count.total,
+        active_parameters=count.active,
+        forward_flops=forward_flops_per_token(config, t.sequence_length),
+        tokens=t.tokens,
+        sequence_length=t.sequence_length,
+        memory_bytes=16 * count.total + activation_bytes(recipe, 2 if dtype == torch.bfloat16 else 4),
+        seconds=runs * t.tokens * training_flops_per_token(config, t.sequence_length) / speed,
+        dtype=str(dtype).removeprefix("torch."),
+        device_flops=speed,
+        runs=runs,
+    )
+
+
+def activation_bytes(recipe: Recipe, width: int) -> float:
+    """Activations kept for the backward pass of one micro-batch, `width` bytes each, counted tensor by tensor.
+
+    Per block about 12 of the model's width for attention and norms; per token and SwiGLU network its input, the gate,
+    up and product activations, and its output. With checkpointing, one block at a time and the blocks' inputs.
+    """
+    t, model = recipe.training, recipe.model
+    tokens = t.micro_batch_tokens or t.batch_tokens
+    blocks = []
+    for block in model.config(t.sequence_length).sub_layers:
+        per_token = 12 * model.hidden_size
+        for spec in block:
+            networks = [(1, spec.width)] if isinstance(spec, Dense) else [(spec.top_k, spec.width)]
+            if not isinstance(spec, Dense) and spec.num_shared:
+                networks.append((1, spec.total_shared_width))
+            per_token += sum(n * (3 * inner + 2 * model.hidden_size) for n, inner in networks)
+        blocks.append(per_token)
+    kept = max(blocks) + len(blocks) * model.hidden_size if t.checkpointing else sum(blocks)
+    return float(tokens * width * kept)

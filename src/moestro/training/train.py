@@ -1,0 +1,270 @@
+"""`train`: from a recipe, data, a seed and a folder to a finished run; or, called again, on from where it stopped."""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import PrinterCallback, TrainingArguments, default_data_collator
+
+from moestro.adapters import AuxLosses, RoutingMeter
+from moestro.comparison import CurvePoint, Run
+from moestro.data.prepare import PreparedData
+from moestro.errors import Misuse
+from moestro.evaluation import Evaluation, evaluate, held_out
+from moestro.models import MoestroForCausalLM
+from moestro.records import read_record, write_record
+from moestro.training.checkpoints import last_complete, step_of
+from moestro.training.initialise import initialise
+from moestro.training.precision import faster_dtype
+from moestro.training.progress import MetricsFile, ProgressBar
+from moestro.training.recipes import Recipe
+from moestro.training.runs import METRICS, SUMMARY, describe_run, keep_metrics_until, open_run, read_metrics
+from moestro.training.trainer import Interruption, PretrainingTrainer
+
+LOGS, CURVE_POINTS, CHECKPOINTS = 40, 8, 4
+"""How many times a run logs, evaluates on a part of the held-out text, and writes a checkpoint."""
+CURVE_TOKENS = 16_384
+"""Held-out tokens of each point of a learning curve."""
+
+
+class Interrupted(Exception):
+    """The user asked to stop; a checkpoint was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What does not change a run's result."""
+
+    report_to: tuple[str, ...] = ()
+
+
+def resolve_dtype(recipe: Recipe, console: Console, device: torch.device) -> Recipe:
+    """`dtype=auto` decided by a measurement on this machine, which is said."""
+    if recipe.training.dtype != "auto":
+        return recipe
+    dtype, ratio = faster_dtype(device)
+    name = str(dtype).removeprefix("torch.")
+    console.print(f"dtype {name}: bfloat16 matrix products run at {ratio:.1f}x the speed of float32 here", markup=False)
+    return replace(recipe, training=replace(recipe.training, dtype=name))
+
+
+def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, console: Console, options: Options) -> Run:
+    """Train, evaluate and write the run's folder; a finished run is only read, an unfinished one resumed.
+
+    Raises Misuse where the folder holds another run or a corrupt checkpoint, TrainingFailed where the loss is not
+    finite, Interrupted after Ctrl-C.
+    """
+    recipe = resolve_dtype(recipe, console, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    open_run(folder, describe_run(recipe, data, seed))
+    if (folder / SUMMARY).exists():
+        return read_record(Run, folder / SUMMARY)
+    model = build_model(recipe, data, seed)
+    trainer, interruption = build_trainer(model, recipe, data, folder, seed=seed, console=console, options=options)
+    resume = resume_point(folder, console)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        stack.enter_context(trainer.aux.attach(trainer))
+        if trainer.meter is not None:
+            stack.enter_context(trainer.meter.attach(model))
+        stack.enter_context(interruption.listening())
+        stack.enter_context(peak_memory_from_now())
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if interruption.requested and trainer.state.global_step < recipe.training.steps:
+        raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+    seconds = time.perf_counter() - start
+    return finish(trainer, model, recipe, data, folder, seed=seed, seconds=seconds)
+
+
+def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCausalLM:
+    """The recipe's model with its initial weights."""
+    if len(data.tokenizer) > recipe.model.vocab_size:
+        raise Misuse(
+            f"vocab_size must hold the tokenizer's {len(data.tokenizer)} tokens, got {recipe.model.vocab_size}"
+        )
+    end_of_text = data.tokenizer.eos_token_id
+    config = recipe.model.config(recipe.training.sequence_length, bos_token_id=end_of_text, eos_token_id=end_of_text)
+    model = MoestroForCausalLM(config)
+    initialise(model, seed)
+    model.chunked_loss = True
+    if recipe.training.compile:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+    return model
+
+
+def build_trainer(
+    model: MoestroForCausalLM,
+    recipe: Recipe,
+    data: PreparedData,
+    folder: Path,
+    *,
+    seed: int,
+    console: Console,
+    options: Options,
+) -> tuple[PretrainingTrainer, Interruption]:
+    """The trainer with its losses, meters and callbacks, and what listens for Ctrl-C."""
+    losses, interruption = recipe.losses, Interruption()
+    aux = AuxLosses(
+        balance=losses.balance,
+        balance_over=losses.balance_over,
+        router_z=losses.router_z,
+        bias_rate=losses.bias_rate,
+    )
+    trainer = PretrainingTrainer(
+        model=model,
+        args=training_arguments(recipe, folder, seed, options),
+        train_dataset=data.train,
+        data_collator=default_data_collator,
+        aux=aux if model.config.has_experts else AuxLosses(),
+        meter=RoutingMeter(training=True) if model.config.has_experts else None,
+        tokens_per_step=recipe.training.batch_tokens,
+        held_out_loss=lambda: held_out_evaluation(model, recipe, data, CURVE_TOKENS).loss,
+        held_out_every=every(recipe.training.steps, CURVE_POINTS),
+        callbacks=[
+            interruption,
+            MetricsFile(folder / METRICS),
+            ProgressBar(f"{recipe.name} seed {seed}", console),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer, interruption
+
+
+def training_arguments(recipe: Recipe, folder: Path, seed: int, options: Options) -> TrainingArguments:
+    """The recipe in the Trainer's words."""
+    t = recipe.training
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = t.micro_batch_tokens or t.batch_tokens // ranks
+    if t.batch_tokens % (micro * ranks):
+        raise Misuse(
+            f"micro_batch_tokens times the {ranks} devices must divide batch_tokens ({t.batch_tokens}), got {micro}"
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        max_steps=t.steps,
+        per_device_train_batch_size=micro // t.sequence_length,
+        gradient_accumulation_steps=t.batch_tokens // (micro * ranks),
+        dataloader_drop_last=True,
+        optim="adamw_torch_fused",
+        learning_rate=t.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": t.final_learning_rate},
+        warmup_steps=round(t.warmup * t.steps),
+        weight_decay=t.weight_decay,
+        adam_beta1=t.beta1,
+        adam_beta2=t.beta2,
+        max_grad_norm=t.max_grad_norm,
+        bf16=t.dtype == "bfloat16",
+        activation_checkpointing=t.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if t.checkpointing else None,
+        seed=seed,
+        data_seed=seed,
+        logging_steps=max(1, t.steps // LOGS),
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=every(t.steps, CHECKPOINTS),
+        save_total_limit=2,
+        report_to=list(options.report_to) or "none",
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+    )
+
+
+def every(steps: int, times: int) -> int:
+    """Steps between events that come about `times` times in a run, a multiple of the steps between logs."""
+    logging = max(1, steps // LOGS)
+    return max(1, steps // times // logging) * logging
+
+
+def resume_point(folder: Path, console: Console) -> Path | None:
+    """The checkpoint to go on from; says which unfinished ones are skipped, and drops metrics from after it."""
+    checkpoint, unfinished = last_complete(folder)
+    for path in unfinished:
+        console.print(f"skipping {path}: it was never finished", markup=False)
+    if checkpoint is not None:
+        console.print(f"resuming from {checkpoint}", markup=False)
+    keep_metrics_until(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
+    return checkpoint
+
+
+def finish(
+    trainer: PretrainingTrainer,
+    model: MoestroForCausalLM,
+    recipe: Recipe,
+    data: PreparedData,
+    folder: Path,
+    *,
+    seed: int,
+    seconds: float,
+) -> Run:
+    """Evaluate, and write model, held-out losses and, last, the summary."""
+    memory = peak_memory_bytes()
+    evaluation = held_out_evaluation(model, recipe, data)
+    run = Run(
+        seed=seed,
+        held_out=held_out(evaluation, data.held_out_bytes, data.held_out_domain, data.domains),
+        tokens_per_second=trainer.tokens_per_second() or None,
+        peak_memory_bytes=memory,
+        seconds=seconds,
+        curve=learning_curve(folder),
+        layers=evaluation.layers,
+    )
+    if trainer.is_world_process_zero():
+        model.save_pretrained(folder / "model")
+        data.tokenizer.save_pretrained(folder / "model")
+        np.savez(folder / "held_out.npz", nll=evaluation.nll, tokens=evaluation.tokens)
+        write_record(run, folder / SUMMARY)
+    return run
+
+
+def held_out_evaluation(
+    model: MoestroForCausalLM, recipe: Recipe, data: PreparedData, max_tokens: int | None = None
+) -> Evaluation:
+    """The model on the held-out rows, or on the first of them."""
+    length = recipe.training.sequence_length
+    return evaluate(
+        model,
+        data.held_out,
+        data.domains,
+        dtype=torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32,
+        max_rows=None if max_tokens is None else max(1, max_tokens // length),
+        routing=max_tokens is None,
+    )
+
+
+def learning_curve(folder: Path) -> tuple[CurvePoint, ...]:
+    """The curve that metrics.jsonl holds."""
+    lines = read_metrics(folder / METRICS)
+    return tuple(
+        CurvePoint(step=x["step"], tokens=x["tokens"], loss=x["loss"], held_out_loss=x.get("held_out_loss"))
+        for x in lines
+    )
+
+
+@contextmanager
+def peak_memory_from_now() -> Iterator[None]:
+    """Measure the peak from here on, where the system can forget an earlier one (Linux, CUDA)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
+    yield
+
+
+def peak_memory_bytes() -> int:
+    """Peak memory: of the device with CUDA, else this process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

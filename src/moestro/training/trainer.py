@@ -1,0 +1,187 @@
+"""transformers' Trainer with four additions: losses apart, a stop at the first NaN, trusted checkpoints, good manners.
+
+Everything else (accumulation, data parallelism, mixed precision, optimiser, `report_to`) is the Trainer's own.
+"""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from moestro.adapters import AuxLosses, RoutingMeter
+from moestro.errors import TrainingFailed
+from moestro.training.checkpoints import last_complete, mark_complete, refuse_non_finite
+
+AUX_STATE = "aux_losses.pt"
+
+
+class PretrainingTrainer(Trainer):
+    """The Trainer that `moestro train` uses.
+
+    It logs the language-model loss without auxiliary losses (those apart), tokens per second over training steps alone,
+    and the load violation of the layers; raises TrainingFailed at the first loss that is not finite; and marks its
+    checkpoints complete when everything, the auxiliary losses' state included, is on disk.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        aux: AuxLosses,
+        meter: RoutingMeter | None,
+        tokens_per_step: int,
+        held_out_loss: Callable[[], float],
+        held_out_every: int,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.aux, self.meter, self.tokens_per_step = aux, meter, tokens_per_step
+        self.held_out_loss, self.held_out_every = held_out_loss, held_out_every
+        self.step_seconds: list[float] = []
+        self._task_loss: list[Tensor] = []
+        self._logged_steps = 0
+        self.add_callback(StepClock(self.step_seconds))
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The language-model loss, remembered for the log."""
+        result = super().compute_loss(model, inputs, *args, **kwargs)
+        self._task_loss.append((result[0] if isinstance(result, tuple) else result).detach())
+        return result
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch, forward and backward; refuses to go on from a loss that is not finite."""
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not bool(loss.isfinite()):
+            raise TrainingFailed(self._what_broke(model, inputs, loss))
+        return loss
+
+    def _what_broke(self, model: nn.Module, inputs: Any, loss: Tensor) -> str:
+        layer = first_non_finite(model, self._prepare_inputs(inputs)) or "an auxiliary loss or the loss itself"
+        good, _ = last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
+        where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+        step = self.state.global_step + 1
+        return f"the loss is {loss.item()} at step {step}, first in {layer}; {where}; try a lower learning_rate"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what a mixture-of-experts run is watched by."""
+        if "loss" in logs and self._task_loss:
+            logs = self._with_routing(logs)
+        super().log(logs, start_time)
+
+    def _with_routing(self, logs: dict[str, float]) -> dict[str, float]:
+        # Micro-batches and ranks each hold their share of a step's loss; ranks also multiply it by their number.
+        total = torch.stack(self._task_loss).sum()
+        if dist.is_initialized():
+            dist.all_reduce(total, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
+            total = total if dist.get_backend() == "nccl" else total / dist.get_world_size()
+        steps = self.state.global_step - self._logged_steps
+        added = {"objective": logs["loss"], "loss": float(total) / steps, "tokens": self.tokens_seen}
+        added["tokens_per_second"] = self.tokens_per_second()
+        added |= {f"aux/{name}": float(value) for name, value in self.aux.last.items()}
+        if self.meter is not None:
+            figures = self.meter.figures()
+            added["max_vio"] = max((f.max_vio_batch for f in figures.values()), default=0.0)
+            added["dead_experts"] = sum(f.dead_experts for f in figures.values())
+            self.meter.reset()
+        step = self.state.global_step
+        self._task_loss, self._logged_steps = [], step
+        if step % self.held_out_every == 0 or step == self.state.max_steps:
+            added["held_out_loss"] = self.held_out_loss()
+        return logs | added
+
+    @property
+    def tokens_seen(self) -> int:
+        """Training tokens so far."""
+        return self.state.global_step * self.tokens_per_step
+
+    def tokens_per_second(self) -> float:
+        """By the median training step since the start (or resume), the first two left out."""
+        seconds = sorted(self.step_seconds[2:] or self.step_seconds)
+        return self.tokens_per_step / seconds[len(seconds) // 2] if seconds else 0.0
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        assert self.model is not None and self.args.output_dir is not None
+        refuse_non_finite(self.model, self.state.global_step)
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.aux.state_dict(), folder / AUX_STATE)
+            mark_complete(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        self.aux.load_state_dict(torch.load(Path(resume_from_checkpoint) / AUX_STATE, weights_only=True))
+        self._logged_steps = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
+
+
+class StepClock(TrainerCallback):
+    """Times training steps alone (evaluation, checkpoints and logging in between do not count), and logs the last."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds = seconds
+        self.start = 0.0
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """An event of the Trainer."""
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An event of the Trainer."""
+        self.seconds.append(time.perf_counter() - self.start)
+        control.should_log |= state.global_step == state.max_steps
+
+
+class Interruption(TrainerCallback):
+    """Ctrl-C (or SIGTERM) ends the run after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take over both signals until the context ends."""
+        before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _request(self, number: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An event of the Trainer."""
+        if self.requested and state.global_step < state.max_steps:
+            control.should_log = control.should_save = control.should_training_stop = True
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, inputs: Any) -> str | None:
+    """Name of the first module whose output is not finite when the inputs are run again; None where all are."""
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            tensors = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
+            floats = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+            if not found and any(not bool(t.isfinite().all()) for t in floats):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules() if name]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

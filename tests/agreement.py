@@ -1,0 +1,84 @@
+"""What "equal" means in these tests, and which experts backends must be."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+import moestro  # noqa: F401  # registers our backends
+from moestro import MoE, MoestroConfig, MoestroForCausalLM
+
+NEED_CUDA = {"deepgemm", "sonicmoe"}
+"""Backends whose kernels exist for CUDA alone (transformers downloads them)."""
+
+CPU_BACKENDS = ["eager", *sorted(set(ALL_EXPERTS_FUNCTIONS) - NEED_CUDA)]
+
+TOLERANCE = 1e-5
+"""Relative, in the norm of each tensor, fp32."""
+
+MARGIN = 1e-4
+"""Scores nearer than this may be ranked either way, so drawn cases keep further apart."""
+
+
+def assert_equal(actual: Tensor, expected: Tensor, *, floor: float = 0.0, what: str = "") -> None:
+    """The norm of the difference is within `TOLERANCE` of the norm of `expected`, or of `floor` where that is more."""
+    assert actual.shape == expected.shape, what
+    actual, expected = actual.detach().double(), expected.detach().double()
+    difference = float((actual - expected).norm())
+    size = max(float(expected.norm()), floor)
+    assert difference <= TOLERANCE * size, f"{what} differs by {difference:.1e}, of {size:.1e}"
+
+
+def assert_all_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """The same names, and equal tensors under each.
+
+    A gradient that cancels to nothing (a router's, where one renormalised weight is always 1) leaves rounding of what
+    cancelled: tensors count as at least a tenth of the largest beside them.
+    """
+    assert actual.keys() == expected.keys()
+    floor = 0.1 * max(float(tensor.detach().norm()) for tensor in expected.values())
+    for name in expected:
+        assert_equal(actual[name], expected[name], floor=floor, what=name)
+
+
+def gradients(module: nn.Module) -> dict[str, Tensor]:
+    """The gradient of every parameter; a parameter that got none counts as zero."""
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in module.named_parameters()
+    }
+
+
+def randomise(module: nn.Module, std: float = 0.3) -> None:
+    """Weights large enough that everything matters; norms and biases too, so that none is left at 1 or 0."""
+    with torch.no_grad():
+        for name, tensor in module.named_parameters():
+            tensor.normal_(std=std)
+            if "norm" in name:
+                tensor.add_(1.0)
+        for name, tensor in module.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                tensor.normal_(std=0.1)
+
+
+def small_config(**changes) -> MoestroConfig:
+    """Two blocks of four small experts with a shared one, grouped-query attention."""
+    moe = MoE(num_experts=4, top_k=2, width=16, num_shared=1)
+    defaults = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "feed_forward": [[moe], [moe]],
+        "max_position_embeddings": 64,
+    }
+    return MoestroConfig(**(defaults | changes))
+
+
+def small_model(**changes) -> MoestroForCausalLM:
+    """A `small_config` model with random weights, in evaluation mode."""
+    model = MoestroForCausalLM(small_config(**changes)).eval()
+    randomise(model)
+    return model

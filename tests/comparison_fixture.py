@@ -1,0 +1,193 @@
+"""A made-up comparison with the shape of a real one: three recipes, six domains, four MoE layers of sixteen experts."""
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from moestro.comparison import (
+    Budget,
+    Comparison,
+    CurvePoint,
+    Data,
+    DomainLoss,
+    HeldOut,
+    LayerStatistics,
+    RecipeResult,
+    Run,
+)
+from moestro.statistics import compare_with_first, document_bootstrap
+
+DOMAINS = {"code": -0.9, "fiction": 0.45, "law": -0.2, "math": 0.1, "tech docs": -0.05, "wiki": 0.5}
+OFFSETS = {"dense": 0.0, "smoe": -0.0035, "fine-grained": -0.031}
+STEPS = 640
+BATCH_TOKENS = 2048
+LAYERS = 4
+EXPERTS = 16
+
+# What people put into names and files, by malice or by accident.
+HOSTILE = (
+    "<script>window.pwned=1</script>",
+    '"><img src=x onerror=window.pwned=2>',
+    "<b>bold</b> &lt;i&gt; <a href='javascript:window.pwned=3'>link</a> %{x} $x$",
+    "</script><script>window.pwned=4</script>",
+    "\x1b[31mred\x1b[0m\x07\r\n[bold]markup[/bold]",
+    "\u202eevil\u202c {{ 7 * 7 }} [link=http://example.org]x[/link]",
+)
+
+
+@cache
+def make_comparison(seeds: tuple[int, ...] = (0, 1, 2)) -> Comparison:
+    runs = {name: tuple(_run(name, seed) for seed in seeds) for name in OFFSETS}
+    differences = (None, *compare_with_first([[r.held_out.loss for r in runs[name]] for name in OFFSETS]))
+    recipes = tuple(
+        RecipeResult(
+            name=name,
+            description={
+                "dense": "no experts",
+                "smoe": "top-2 of 16 + 1 shared",
+                "fine-grained": "top-4 of 16, shared experts summed",
+            }[name],
+            total_parameters={"dense": 3_285_120, "smoe": 8_004_864, "fine-grained": 8_003_072}[name],
+            active_parameters={"dense": 3_285_120, "smoe": 3_286_272, "fine-grained": 3_284_480}[name],
+            flops_per_token={"dense": 2.05e7, "smoe": 2.08e7, "fine-grained": 2.09e7}[name],
+            runs=runs[name],
+            difference=difference,
+            document_bootstrap=None if difference is None else _bootstrap(difference.mean),
+        )
+        for name, difference in zip(OFFSETS, differences, strict=True)
+    )
+    return Comparison(
+        version="0.1.0",
+        created="2026-07-01T12:34:56+00:00",
+        command="moestro compare dense smoe fine-grained --seeds 3 --size tiny",
+        budget=_budget(),
+        data=_data(),
+        gzip_bits_per_byte=2.584,
+        gzip_domains={domain: 2.584 + shift / 2 for domain, shift in DOMAINS.items()},
+        environment={
+            "moestro": "0.1.0",
+            "python": "3.11.2",
+            "torch": "2.13.0+cpu",
+            "transformers": "5.23.0",
+            "machine": "x86_64, 2 cores, 23 GiB",
+            "dtype": "float32",
+        },
+        seeds=seeds,
+        recipes=recipes,
+    )
+
+
+def hostile(comparison: Comparison) -> Comparison:
+    """The same figures under names that try to break out."""
+    renamed = dict(zip(DOMAINS, HOSTILE, strict=True))
+
+    def run(value: Run) -> Run:
+        layers = tuple(
+            replace(layer, name=HOSTILE[0], domain_load={renamed[d]: v for d, v in layer.domain_load.items()})
+            for layer in value.layers
+        )
+        domains = {renamed[d]: loss for d, loss in value.held_out.domains.items()}
+        return replace(value, held_out=replace(value.held_out, domains=domains), layers=layers)
+
+    recipes = tuple(
+        replace(r, name=HOSTILE[i], description=HOSTILE[i + 3], runs=tuple(map(run, r.runs)))
+        for i, r in enumerate(comparison.recipes)
+    )
+    return replace(
+        comparison,
+        recipes=recipes,
+        command="moestro compare --data '" + "".join(HOSTILE) + "'",
+        version=HOSTILE[1],
+        created=HOSTILE[0],
+        environment={HOSTILE[0]: HOSTILE[1], HOSTILE[4]: HOSTILE[5]},
+        gzip_domains={renamed[domain]: value for domain, value in comparison.gzip_domains.items()},
+        data=replace(comparison.data, sources=HOSTILE, hash=HOSTILE[3], tokenizer=HOSTILE[0], notes=HOSTILE),
+        budget=replace(comparison.budget, dtype=HOSTILE[0], equal=False, differences=HOSTILE),
+    )
+
+
+def _budget() -> Budget:
+    return Budget(
+        match="tokens",
+        tokens=STEPS * BATCH_TOKENS,
+        steps=STEPS,
+        batch_tokens=BATCH_TOKENS,
+        sequence_length=256,
+        dtype="float32",
+        parameters=3_285_120,
+        equal=True,
+    )
+
+
+def _data() -> Data:
+    return Data(
+        sources=("default corpus: the standard library of CPython 3.11.2",),
+        hash="sha256:5d1f0c6be0c4f0a6a41f7a6f2f6f0e9f1d7b3f5a0a6f4f1c9b8e7d6c5b4a3f21",
+        tokenizer="byte-level BPE, 4096 tokens, trained on the corpus",
+        train_tokens=5_812_224,
+        held_out_tokens=307_200,
+        held_out_bytes=1_105_920,
+        held_out_documents=412,
+    )
+
+
+def _run(name: str, seed: int) -> Run:
+    noise = np.random.default_rng([seed, 7]).normal(scale=0.012)  # of the seed: shared by the pair
+    own = np.random.default_rng([seed, list(OFFSETS).index(name), 11])
+    loss = 4.108 + noise + OFFSETS[name] + own.normal(scale=0.0032)
+    domains = {
+        domain: DomainLoss(
+            loss=loss + shift + float(own.normal(scale=0.004)), bits_per_byte=(loss + shift) / 2.5, tokens=51_200
+        )
+        for domain, shift in DOMAINS.items()
+    }
+    dense = name == "dense"
+    return Run(
+        seed=seed,
+        held_out=HeldOut(loss=loss, perplexity=float(np.exp(loss)), bits_per_byte=loss / 2.4953, domains=domains),
+        tokens_per_second=float(own.normal(loc=9_900 if dense else 7_700, scale=120)),
+        peak_memory_bytes=int(1.31e9 if dense else 1.52e9),
+        seconds=132.0,
+        curve=_curve(loss, own),
+        layers=() if dense else tuple(_layer(f"model.layers.{i}.feed_forward.0", i, own) for i in range(LAYERS)),
+    )
+
+
+def _curve(final: float, own: np.random.Generator) -> tuple[CurvePoint, ...]:
+    points = []
+    for step in range(0, STEPS + 1, 4):
+        smooth = final + (8.32 - final) * float(np.exp(-6.5 * (step / STEPS) ** 0.62)) * (1 - step / STEPS)
+        held_out = smooth + float(own.normal(scale=0.002)) if step % 40 == 0 else None
+        train = smooth - 0.05 + float(own.normal(scale=0.05))
+        points.append(CurvePoint(step=step, tokens=step * BATCH_TOKENS, loss=train, held_out_loss=held_out))
+    return tuple(points)
+
+
+def _layer(name: str, depth: int, own: np.random.Generator) -> LayerStatistics:
+    taste = own.normal(scale=0.25 + 0.3 * depth, size=(len(DOMAINS), EXPERTS))
+    load = np.exp(taste) / np.exp(taste).sum(axis=1, keepdims=True)
+    if depth == 0:
+        load[:, 5] = 0.0
+        load /= load.sum(axis=1, keepdims=True)
+    overall = load.mean(axis=0)
+    return LayerStatistics(
+        name=name,
+        load=tuple(overall.tolist()),
+        domain_load={domain: tuple(row.tolist()) for domain, row in zip(DOMAINS, load, strict=True)},
+        max_vio_batch=float(overall.max() * EXPERTS - 1) + 0.08,
+        max_vio_data=float(overall.max() * EXPERTS - 1),
+        dead_experts=int((overall == 0).sum()),
+        entropy=2.1 - 0.2 * depth,
+        confidence=0.22 + 0.05 * depth,
+        mutual_information=0.9 - 0.15 * depth,
+        domain_mutual_information=0.04 + 0.05 * depth,
+    )
+
+
+def _bootstrap(mean: float):
+    own = np.random.default_rng(3)
+    tokens = own.integers(200, 1500, size=412)
+    first = tokens * own.normal(loc=4.1, scale=0.6, size=412)
+    recipe = first + tokens * own.normal(loc=mean, scale=0.03, size=412)
+    return document_bootstrap(recipe, first, tokens, resamples=499)
