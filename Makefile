@@ -10,7 +10,7 @@ demo: .venv/installed
 	$(BIN)/moestro compare dense smoe fine-grained --seeds 2 --out runs/demo
 
 test: .venv/installed-dev lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow

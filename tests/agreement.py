@@ -1,6 +1,11 @@
 """What "equal" means in these tests, and which experts backends must be."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +82,23 @@ def small_config(**changes) -> MoestroConfig:
     return MoestroConfig(**(defaults | changes))
 
 
+def block(model: Any, index: int) -> Any:
+    """A decoder block, without the type checker's doubts about what `nn.Module` attributes are."""
+    return model.model.layers[index]
+
+
 def small_model(**changes) -> MoestroForCausalLM:
     """A `small_config` model with random weights, in evaluation mode."""
     model = MoestroForCausalLM(small_config(**changes)).eval()
     randomise(model)
     return model
+
+
+def run_fresh(script: str, folder: Path) -> str:
+    """The output of a Python script in a new interpreter, in `folder`; fails with its errors if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -10,7 +10,23 @@ import pytest
 
 SMALL = ["--sequence-length", "32", "--batch-tokens", "128", "--vocab-size", "300", "--dtype", "float32"]
 SMALL += ["--set", "hidden_size=16", "num_layers=2", "num_heads=2", "width=8"]
-WORDS = "expert router token gate balance load sparse dense layer block shared choice weight bias score".split()
+WORDS = [
+    "expert",
+    "router",
+    "token",
+    "gate",
+    "balance",
+    "load",
+    "sparse",
+    "dense",
+    "layer",
+    "block",
+    "shared",
+    "choice",
+    "weight",
+    "bias",
+    "score",
+]
 
 
 def write_corpus(folder: Path, domains: int = 2, documents: int = 24) -> Path:
@@ -20,7 +36,7 @@ def write_corpus(folder: Path, domains: int = 2, documents: int = 24) -> Path:
         place = folder / f"domain{domain}"
         place.mkdir(parents=True)
         for index in range(documents):
-            words = draw.choices(WORDS[domain :: domains], k=150)
+            words = draw.choices(WORDS[domain::domains], k=150)
             (place / f"{index}.txt").write_text(" ".join(words))
     return folder
 

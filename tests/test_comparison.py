@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from comparison_fixture import hostile, make_comparison
-from moestro.comparison import dumps, loads, read_comparison, write_comparison
+from moestro.comparison import Comparison
 from moestro.errors import Misuse
+from moestro.records import dumps, loads, read_record, write_record
 
 
 @pytest.mark.parametrize(
@@ -16,8 +17,8 @@ from moestro.errors import Misuse
 )
 def test_what_is_written_is_read_back(comparison, tmp_path):
     path = tmp_path / "comparison.json"
-    write_comparison(comparison, path)
-    assert read_comparison(path) == comparison
+    write_record(comparison, path)
+    assert read_record(Comparison, path) == comparison
     assert path.read_text(encoding="ascii")  # no byte of it steers a terminal
 
 
@@ -71,11 +72,11 @@ def _changed(change) -> str:
 )
 def test_another_shape_is_refused_with_its_place(change, message):
     with pytest.raises(Misuse, match=message):
-        loads(_changed(change))
+        loads(Comparison, _changed(change))
 
 
 def test_whole_numbers_may_stand_for_floats():
-    assert loads(_changed(lambda c: c.update(gzip_bits_per_byte=3))).gzip_bits_per_byte == 3.0
+    assert loads(Comparison, _changed(lambda c: c.update(gzip_bits_per_byte=3))).gzip_bits_per_byte == 3.0
 
 
 @pytest.mark.parametrize("content", [b"", b'{"version": ', b"\xff\xfe"])
@@ -83,4 +84,4 @@ def test_a_truncated_file_is_refused_by_name(content, tmp_path):
     path = tmp_path / "comparison.json"
     path.write_bytes(content)
     with pytest.raises(Misuse, match=r"comparison.json must hold JSON"):
-        read_comparison(path)
+        read_record(Comparison, path)

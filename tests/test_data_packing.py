@@ -132,3 +132,4 @@ def test_a_stream_of_no_documents_has_no_rows(tmp_path: Path):
     write_stream(tmp_path / "none", [], end_of_text=END, vocabulary=10, domain=[], num_bytes=[])
     rows = PackedRows(tmp_path / "none", 4, every_token_once=True)
     assert (rows.num_tokens, len(rows), len(rows.document_tokens)) == (1, 0, 0)
+    assert len(packed([[1, 2]], 5, every_token_once=True)) == 0

@@ -78,6 +78,8 @@ def test_gzip_is_measured_on_the_held_out_text(prepare: Callable[..., PreparedDa
     assert len(text) == data.held_out_bytes.sum()
     assert data.gzip_bits_per_byte.keys() == {"law", "prose", "all"}
     assert math.isclose(data.gzip_bits_per_byte["all"], 8 * len(gzip.compress(text, 9)) / len(text))
+    law = "".join(document.text for document in corpus.held_out if document.domain == "law").encode()
+    assert math.isclose(data.gzip_bits_per_byte["law"], 8 * len(gzip.compress(law, 9)) / len(law))
 
 
 def test_uniform_guessing_costs_what_bits_per_byte_say(prepare: Callable[..., PreparedData], sources: list[str]):

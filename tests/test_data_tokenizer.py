@@ -44,6 +44,10 @@ def test_special_tokens_spelled_out_are_plain_text(trained: PreTrainedTokenizerF
     (ids,) = encode(trained, [text])
     assert not {0, 1} & set(ids.tolist())
     assert trained(text)["input_ids"] == ids.tolist()
+    usual = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, eos_token=END_OF_TEXT)
+    assert 0 in usual(text)["input_ids"]
+    (again,) = encode(usual, [text])
+    assert again.tolist() == ids.tolist()
 
 
 def test_training_is_deterministic(trained: PreTrainedTokenizerFast):

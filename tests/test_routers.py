@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import assume, given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from agreement import MARGIN
-from moestro import Misuse, RouterRule, reference
+from moestro import Misuse, RouterRule, Routing, reference
 from moestro.routers import route, selection_scores, simplex
 
 TOKENS = 5
@@ -210,6 +211,14 @@ def test_half_precision_logits_are_routed_in_fp32():
 def test_underflowing_sigmoids_stay_finite():
     routing = route(torch.full((1, 4), -200.0), RouterRule(scores="sigmoid"), 2)
     assert routing.weight.isfinite().all() and routing.scores is not None and routing.scores.isfinite().all()
+
+
+def test_shapes_are_checked_in_tests():
+    """What the conftest promises: without it, the annotations of the package would be mere comments."""
+    with pytest.raises(jaxtyping.TypeCheckError):
+        route(torch.zeros(2, 3, 4), RouterRule(), 2)
+    with pytest.raises(jaxtyping.TypeCheckError):
+        Routing(expert=torch.zeros(3, 2, dtype=torch.long), weight=torch.zeros(4, 2), logits=None, scores=None)
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import SMALL, moestro, sources, start, write_corpus
 from safetensors.torch import load_file
+
+from command_line import SMALL, moestro, sources, start, write_corpus
 
 TRAIN = ["--tokens", "5120", *SMALL]  # 40 steps, a checkpoint every 10
 
@@ -47,7 +48,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     for name in one:
         assert torch.equal(one[name], two[name]), name
     assert losses(a) == losses(b)
-    assert json.loads((a / "summary.json").read_text())["held_out"] == json.loads((b / "summary.json").read_text())["held_out"]
+    assert (
+        json.loads((a / "summary.json").read_text())["held_out"]
+        == json.loads((b / "summary.json").read_text())["held_out"]
+    )
 
 
 KILL_IN_TRAINING = """

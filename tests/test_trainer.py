@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_aux_losses import assert_equal, ragged_batch, tiny_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moestro.adapters import AuxLosses
 from moestro.training.trainer import first_non_finite
+from test_aux_losses import assert_equal, ragged_batch, tiny_model
 
 
 class Rows(Dataset):

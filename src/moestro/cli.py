@@ -2,7 +2,8 @@
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,8 @@ from rich.table import Table
 
 from moestro.compare import compare as compare_runs
 from moestro.compare import plan as plan_comparison
-from moestro.data.prepare import PreparedData, prepare
+from moestro.data.corpus import MAX_HELD_OUT_BYTES
+from moestro.data.preparation import PreparedData, prepare
 from moestro.errors import Misuse, TrainingFailed
 from moestro.models import MoestroForCausalLM
 from moestro.models.siblings import export_stock
@@ -23,7 +25,7 @@ from moestro.training.recipes import RECIPES, Recipe, recipe
 from moestro.training.train import Interrupted, Options
 from moestro.training.train import train as train_run
 
-DEFAULT_MAX_BYTES = 4 * 2**20
+DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 2**17
 """Of each domain of the default corpus, so that its largest domain does not drown the others."""
 
 
@@ -50,8 +52,16 @@ class DataFlags:
             sequence_length=t.sequence_length,
             text_column=self.text_column,
             max_bytes=self.max_bytes or (None if self.data else DEFAULT_MAX_BYTES),
+            max_held_out_bytes=MAX_HELD_OUT_BYTES if self.data else DEFAULT_HELD_OUT_BYTES,
             block_diagonal=t.block_diagonal,
         )
+
+    def fit(self, recipes: Sequence[Recipe], data: PreparedData) -> list[Recipe]:
+        """The recipes with the vocabulary of a tokenizer that was given; one trained here has the recipe's size."""
+        if self.tokenizer is None:
+            return list(recipes)
+        vocabulary = len(data.tokenizer)
+        return [replace(recipe, model=replace(recipe.model, vocab_size=vocabulary)) for recipe in recipes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +130,11 @@ def train(
         return
     console = Console(stderr=True)
     data = data_flags.prepare(chosen)
+    (chosen,) = data_flags.fit([chosen], data)
     folder = run_flags.out or Path("runs") / f"{slug([recipe])}-{chosen.size}-seed-{seed}"
     run = train_run(chosen, data, folder, seed=seed, console=console, options=Options(report_to=run_flags.report_to))
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     if export_stock:
         export(folder)
     print(f"held-out loss {run.held_out.loss:.4f} nats/token, {run.held_out.bits_per_byte:.4f} bits/byte: {folder}")
@@ -159,6 +172,7 @@ def compare(
         print_estimates(estimates(the_plan.recipes, runs=seeds))
         return
     data = data_flags.prepare(chosen[0])
+    the_plan = replace(the_plan, recipes=tuple(data_flags.fit(the_plan.recipes, data)))
     folder = run_flags.out or Path("runs") / f"compare-{slug(recipes)}-{chosen[0].size}"
     console = Console(stderr=True)
     options = Options(report_to=run_flags.report_to)

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 
 import moestro
-from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run, write_comparison
-from moestro.data.prepare import PreparedData
+from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run
+from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
 from moestro.models.counting import count_parameters, training_flops_per_token
+from moestro.records import write_record
 from moestro.report import write_report
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
 from moestro.training.recipes import Recipe
@@ -118,7 +119,7 @@ def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
             loss, speed = run.held_out.loss, run.tokens_per_second or 0
             console.print(f"{recipe.name} seed {seed}: held-out loss {loss:.4f}, {speed:,.0f} tokens/s", markup=False)
     comparison = assemble(replace(the_plan, recipes=tuple(recipes)), runs, data, folder)
-    write_comparison(comparison, folder / "comparison.json")
+    write_record(comparison, folder / "comparison.json")
     write_report(comparison, folder / "report.html")
     return comparison
 
@@ -157,6 +158,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
         budget=budget(the_plan, results[0]),
         data=describe_data(data),
         gzip_bits_per_byte=data.gzip_bits_per_byte["all"],
+        gzip_domains={name: bits for name, bits in data.gzip_bits_per_byte.items() if name != "all"},
         environment=environment(),
         seeds=seeds,
         recipes=tuple(results),

@@ -5,18 +5,11 @@ per token, bits per byte are log2 over the bytes of the text that was predicted,
 Every number is finite; what could not be measured is None, `null` in the file (JSON has no NaN).
 """
 
-import json
-import math
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Literal
 
 from moestro.errors import Misuse
 from moestro.statistics import Difference, DocumentBootstrap
-
-Kind = TypeVar("Kind")
-_JSON = {dict: "object", list: "array", str: "string", int: "integer", float: "number", bool: "boolean"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,96 +164,3 @@ class Comparison:
                     f"every recipe must have one run per seed {list(self.seeds)}, in that order; "
                     f"{recipe.name} has {[run.seed for run in recipe.runs]}"
                 )
-
-
-def write_comparison(comparison: Comparison, path: Path) -> None:
-    """Write the comparison as JSON.
-
-    Raises:
-        ValueError: a number is not finite (says which).
-    """
-    path.write_text(dumps(comparison), encoding="utf-8")
-
-
-def read_comparison(path: Path) -> Comparison:
-    """Read what `write_comparison` wrote.
-
-    Raises:
-        Misuse: the file is not JSON, or not of that shape (says where).
-        OSError: the file cannot be read.
-    """
-    try:
-        return loads(path.read_text(encoding="utf-8"))
-    except Misuse as error:
-        raise Misuse(f"{path}: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise Misuse(f"{path} must hold JSON: {error}") from None
-
-
-def dumps(comparison: Comparison) -> str:
-    """The comparison as JSON text, one field a line, numbers in full precision."""
-    return json.dumps(_encoded(comparison, "comparison"), indent=1, ensure_ascii=True, allow_nan=False) + "\n"
-
-
-def loads(text: str) -> Comparison:
-    """The comparison that `dumps` made `text` of."""
-    return _decoded(Comparison, json.loads(text), "comparison")
-
-
-def _encoded(value: object, at: str) -> object:
-    if is_dataclass(value):
-        return {f.name: _encoded(getattr(value, f.name), f"{at}.{f.name}") for f in fields(value)}
-    if isinstance(value, dict):
-        return {name: _encoded(item, f"{at}[{name!r}]") for name, item in value.items()}
-    if isinstance(value, tuple):
-        return [_encoded(item, f"{at}[{index}]") for index, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{at} must be finite (None where it is unknown), got {value}")
-    return value
-
-
-def _decoded(kind: Any, value: Any, at: str) -> Any:
-    """`value`, which came from JSON, as the annotated type `kind`."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        present = next(a for a in arguments if a is not NoneType)
-        return None if value is None else _decoded(present, value, at)
-    if is_dataclass(kind):
-        return _decoded_record(kind, _checked(dict, value, at), at)
-    if origin is dict:
-        return {k: _decoded(arguments[1], item, f"{at}[{k!r}]") for k, item in _checked(dict, value, at).items()}
-    if origin is tuple:
-        return _decoded_tuple(arguments, _checked(list, value, at), at)
-    if origin is Literal:
-        if value not in arguments:
-            raise Misuse(f"{at} must be one of {', '.join(map(repr, arguments))}, got {value!r}")
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind is float and not math.isfinite(_checked(float, value, at)):
-        raise Misuse(f"{at} must be finite or null, got {value}")
-    return _checked(kind, value, at)
-
-
-def _decoded_record(kind: Any, value: dict[str, Any], at: str) -> Any:
-    hints = get_type_hints(kind)
-    required = {f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING}
-    wrong = (required - value.keys()) | (value.keys() - hints.keys())
-    if wrong:
-        raise Misuse(f"{at} must have the fields {', '.join(hints)}; missing or unknown: {', '.join(sorted(wrong))}")
-    return kind(**{name: _decoded(hints[name], item, f"{at}.{name}") for name, item in value.items()})
-
-
-def _decoded_tuple(arguments: tuple[Any, ...], value: list[Any], at: str) -> tuple[Any, ...]:
-    if arguments[-1] is Ellipsis:
-        arguments = (arguments[0],) * len(value)
-    if len(value) != len(arguments):
-        raise Misuse(f"{at} must have {len(arguments)} items, got {len(value)}")
-    pairs = zip(arguments, value, strict=True)
-    return tuple(_decoded(argument, item, f"{at}[{index}]") for index, (argument, item) in enumerate(pairs))
-
-
-def _checked(kind: type[Kind], value: object, at: str) -> Kind:
-    if type(value) is not kind:
-        raise Misuse(f"{at} must be a JSON {_JSON[kind]}, got {_JSON.get(type(value), 'null')}")
-    return value

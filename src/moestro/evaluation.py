@@ -103,6 +103,7 @@ def layer_statistics(meter: RoutingMeter, domains: Sequence[str]) -> tuple[Layer
             entropy=figures.entropy,
             confidence=figures.confidence,
             mutual_information=figures.mutual_information,
+            domain_mutual_information=figures.domain_mutual_information,
         )
         for name, figures in meter.figures().items()
     )

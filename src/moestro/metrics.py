@@ -64,17 +64,17 @@ def routing_sums(record: LayerRecord, num_domains: int = 1) -> RoutingSums:
     if scores is None:
         scores = torch.zeros(len(domain), num_experts, device=domain.device).scatter(1, routing.expert, 1.0)
         scores = scores / scores.sum(-1, keepdim=True)
-    valid = torch.ones(len(domain), device=domain.device) if batch.valid is None else batch.valid.float()
-    per_token = torch.stack([torch.special.entr(scores).sum(-1), scores.amax(-1), torch.ones_like(valid)], dim=1)
-    entropy, confidence, tokens = (per_token * valid[:, None]).sum(0, dtype=torch.float64)
+    if batch.valid is not None:  # what stands at padding may be anything, NaN included
+        scores = scores.masked_fill(~batch.valid[:, None], 0.0)
+    tokens = torch.tensor(float(len(domain))) if batch.valid is None else batch.valid.sum()
     return RoutingSums(
         choices=edges,
-        score=(scores * valid[:, None]).sum(0, dtype=torch.float64),
-        entropy=entropy,
-        confidence=confidence,
-        tokens=tokens,
+        score=scores.sum(0, dtype=torch.float64),
+        entropy=torch.special.entr(scores).sum(dtype=torch.float64),
+        confidence=scores.amax(-1).sum(dtype=torch.float64),
+        tokens=tokens.to(edges),
         batch_max_vio=max_violation(edges.sum(0)),
-        batches=torch.ones_like(tokens),
+        batches=torch.ones_like(edges[0, 0]),
     )
 
 

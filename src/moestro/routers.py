@@ -38,7 +38,7 @@ class RouterRule:
     """
     num_groups: int = 1
     top_groups: int = 1
-    """Experts come from the best `top_groups` of `num_groups` equal groups; a group's score is the sum of its two best."""
+    """Experts come from the best `top_groups` of `num_groups` equal groups; a group's score sums its two best."""
 
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise Misuse unless this rule can choose `top_k` of `num_experts`."""

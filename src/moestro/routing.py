@@ -56,13 +56,18 @@ class MoELayer:
 
     name: str
     block: int
-    """Index of the decoder block it belongs to: the sub-layers of one block are summed in losses, blocks are averaged."""
+    """Index of the decoder block it belongs to: losses sum over the sub-layers of a block, and average blocks."""
     router: nn.Module
     experts: nn.Module
     num_experts: int
     top_k: int
-    selection_bias: Tensor | None = None
-    """Added to the scores for selection only; None where the router has none."""
+    bias_at: tuple[nn.Module, str] | None = None
+    """Module and name of the selection bias. Not the tensor itself: moving a model to a device replaces its buffers."""
+
+    @property
+    def selection_bias(self) -> Tensor | None:
+        """What is added to the scores for selection only; None where the router has no such bias."""
+        return None if self.bias_at is None else getattr(*self.bias_at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
             experts=module.experts,
             num_experts=module.router.num_experts,
             top_k=module.router.top_k,
-            selection_bias=module.router.selection_bias,
+            bias_at=(module.router, "selection_bias") if module.router.rule.selection_bias else None,
         )
         for name, module in model.named_modules()
         if isinstance(module, SparseMoE)

@@ -83,6 +83,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         return np.diff(self.document_starts, append=self.num_tokens)
 
     def __len__(self) -> int:
+        if self.num_tokens < self.sequence_length:
+            return 0
         if self.every_token_once:
             return -(-(self.num_tokens - 1) // (self.sequence_length - 1))
         return self.num_tokens // self.sequence_length

@@ -82,32 +82,33 @@ def prepare(
     key = _key(corpus, given)
     folder = (cache_dir or default_cache_dir()) / "data" / key[:32]
     cached_folder(folder, lambda place: _build(place, corpus, given))
-    rows = [
-        PackedRows(folder / side, sequence_length, every_token_once=side == "held_out", block_diagonal=block_diagonal)
-        for side in ("train", "held_out")
+    train, held_out = rows = [
+        _open(folder, side, sequence_length, block_diagonal, sources) for side in ("train", "held_out")
     ]
-    for side, packed in zip(("train", "held-out"), rows, strict=True):
-        if packed.num_tokens < sequence_length:
-            raise Misuse(
-                f"the {side} text must fill at least one sequence of {sequence_length} tokens, "
-                f"got {packed.num_tokens} from {_name_of(sources)}"
-            )
     used = load_tokenizer(str(folder / "tokenizer")) if isinstance(given, int) else given
     return PreparedData(
-        train=rows[0],
-        held_out=rows[1],
+        train=train,
+        held_out=held_out,
         tokenizer=used,
         domains=corpus.domains,
         hash=key,
         description=_describe(sources, corpus, tokenizer, used, rows),
         gzip_bits_per_byte=json.loads((folder / "gzip.json").read_text()),
-        held_out_bytes=rows[1].document_bytes,
-        held_out_domain=rows[1].document_domain,
+        held_out_bytes=held_out.document_bytes,
+        held_out_domain=held_out.document_domain,
     )
 
 
-def _name_of(sources: Sequence[str]) -> str:
-    return " ".join(sources) or standard_library.NAME
+def _open(folder: Path, side: str, sequence_length: int, block_diagonal: bool, sources: Sequence[str]) -> PackedRows:
+    rows = PackedRows(
+        folder / side, sequence_length, every_token_once=side == "held_out", block_diagonal=block_diagonal
+    )
+    if rows.num_tokens < sequence_length:
+        raise Misuse(
+            f"the {side.replace('_', '-')} text must fill at least one sequence of {sequence_length} tokens, "
+            f"got {rows.num_tokens} from {' '.join(sources) or standard_library.NAME}"
+        )
+    return rows
 
 
 def _key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase | int) -> str:

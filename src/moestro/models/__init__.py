@@ -5,9 +5,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from moestro.models.configuration import Dense as Dense
 from moestro.models.configuration import MoE as MoE
 from moestro.models.configuration import MoestroConfig as MoestroConfig
+from moestro.models.grouped_padded import PADDED_MM as PADDED_MM
+from moestro.models.grouped_padded import register as register_padded_mm
 from moestro.models.modeling import MoestroForCausalLM as MoestroForCausalLM
 from moestro.models.modeling import MoestroModel as MoestroModel
 
 AutoConfig.register("moestro", MoestroConfig, exist_ok=True)
 AutoModel.register(MoestroConfig, MoestroModel, exist_ok=True)
 AutoModelForCausalLM.register(MoestroConfig, MoestroForCausalLM, exist_ok=True)
+register_padded_mm()

@@ -112,7 +112,7 @@ class MoestroConfig(PreTrainedConfig):
     model_type = "moestro"
     keys_to_ignore_at_inference = ["past_key_values"]
     default_theta = 10_000.0
-    base_model_ep_plan = {
+    base_model_ep_plan = {  # type: ignore[assignment]  # declared in transformers for other plans
         "layers.*.feed_forward.*.experts.gate_up_proj": "grouped_gemm",
         "layers.*.feed_forward.*.experts.down_proj": "grouped_gemm",
         "layers.*.feed_forward.*.experts": "ep_dispatch_experts",
@@ -145,9 +145,8 @@ class MoestroConfig(PreTrainedConfig):
         if self.feed_forward is None:
             self.feed_forward = [[Dense(width=4 * self.hidden_size)] for _ in range(self.num_hidden_layers)]
         if len(self.feed_forward) != self.num_hidden_layers:
-            raise Misuse(
-                f"feed_forward must list num_hidden_layers ({self.num_hidden_layers}) blocks, got {len(self.feed_forward)}"
-            )
+            got = len(self.feed_forward)
+            raise Misuse(f"feed_forward must list num_hidden_layers ({self.num_hidden_layers}) blocks, got {got}")
         self.feed_forward = [[asdict(sub_layer(entry)) for entry in block] for block in self.feed_forward]
         self.settle_attention()
         if self.has_experts and self.hidden_size % WIDTH_MULTIPLE:

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs of a model from its config alone: nothing is built, so any size can be planned on any machine."""
+"""Parameters and FLOPs of a model from its config alone: nothing is built, any size can be planned anywhere."""
 
 from dataclasses import dataclass
 

@@ -57,14 +57,14 @@ def padded_mm_experts_forward(
     rows = layout.mask_rows(_PairsToRows.apply(hidden_states, layout.row_of_pair, layout.token_of_row, dtype))
     rows = _grouped_linear(rows, up, layout.ends, experts.is_transposed)
     if experts.has_bias:
-        rows = rows + getattr(experts, f"{up_name}_bias").to(dtype)[layout.expert_of_row()]
+        rows = rows + _biases(getattr(experts, f"{up_name}_bias"), layout.expert_of_row(), dtype)
     rows = layout.mask_rows(rows)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     rows = _grouped_linear(rows, down, layout.ends, experts.is_transposed)
 
     outputs = _RowsToPairs.apply(rows, layout.row_of_pair, layout.pair_of_row)
     if experts.has_bias:
-        outputs = outputs + experts.down_proj_bias.to(dtype)[expert]
+        outputs = outputs + _biases(experts.down_proj_bias, expert, dtype)
     outputs = layout.mask_pairs(outputs)
     if experts.has_post_expert_norm:
         outputs = experts.post_expert_norm(outputs)
@@ -75,6 +75,12 @@ def padded_mm_experts_forward(
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def _biases(
+    bias: Float[Tensor, "experts dim"], expert: Int[Tensor, " n"], dtype: torch.dtype
+) -> Float[Tensor, "n dim"]:
+    return bias[expert].to(dtype)  # cast last, so that its gradient is summed in the bias's own dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +132,7 @@ def _lay_out(expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch
     row_in_order = torch.arange(len(flat), device=device) + (padded_begins - begins)[expert_in_order]
 
     used_experts = min(experts.num_experts, len(flat))
-    num_rows = -(-(len(flat) + (multiple - 1) * used_experts) // multiple) * multiple
+    num_rows = (len(flat) + (multiple - 1) * used_experts) // multiple * multiple
     row_of_pair = torch.empty_like(pair_in_order).scatter(0, pair_in_order, row_in_order)
     pair_of_row = pair_in_order.new_full((num_rows,), len(flat)).scatter(0, row_in_order, pair_in_order)
     ends = padded_begins[1:].int()
@@ -146,11 +152,11 @@ def _lay_out(expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch
 
 
 def _rows_multiple(pairs: int, num_experts: int, dtype: torch.dtype, device: torch.device) -> int:
-    """What group sizes are rounded up to. Kernels for each size are peculiar to half precision on a CPU; and while
-    groups are small they have few sizes anyway, and zero rows would be most of the work.
+    """What group sizes are rounded up to. Only half precision on a CPU has kernels that know their sizes; and small
+    groups have few sizes anyway, and would be mostly zeros.
     """
-    worthwhile = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and pairs >= 16 * num_experts
-    return _MULTIPLE if worthwhile else 1
+    pays = device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and pairs >= _MULTIPLE * num_experts
+    return _MULTIPLE if pays else 1
 
 
 class _PairsToRows(Function):

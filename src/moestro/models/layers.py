@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import use_experts_implementation
 
 from moestro.models.configuration import Dense, MoE, MoestroConfig, SubLayer
 from moestro.routers import route
@@ -76,7 +76,7 @@ class Experts(nn.Module):
         weights = zip(self.gate_up_proj.unbind(0), self.down_proj.unbind(0), strict=True)
         for expert, (gate_up, down) in enumerate(weights):
             token, slot = torch.where(top_k_index == expert)
-            inner = self._apply_gate(F.linear(hidden_states[token], gate_up))
+            inner = self._apply_gate(F.linear(hidden_states[token], gate_up))  # type: ignore[operator]  # the decorator's
             weighted = F.linear(inner, down) * top_k_weights[token, slot, None]
             output = output.index_add(0, token, weighted.to(output.dtype))
         return output

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -76,8 +76,8 @@ class MoestroPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
+            for weight in module.parameters():
+                init.normal_(weight, mean=0.0, std=std)
         elif isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.selection_bias is not None:
@@ -198,7 +198,8 @@ class MoestroForCausalLM(MoestroPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         if labels is not None and self.training and self.chunked_loss:
-            loss, logits = self.loss_in_chunks(hidden_states, labels, kwargs.get("num_items_in_batch")), None
+            shifted, num_items = kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")
+            loss, logits = self.loss_in_chunks(hidden_states, labels, shifted, num_items), None
         else:
             logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
             loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
@@ -211,11 +212,18 @@ class MoestroForCausalLM(MoestroPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def loss_in_chunks(self, hidden_states: Tensor, labels: Tensor, num_items: Tensor | int | None) -> Tensor:
-        """Cross-entropy per label token (sum over `num_items` where it is given), without ever holding all logits."""
-        shifted = labels[:, 1:].flatten()
+    def loss_in_chunks(
+        self, hidden_states: Tensor, labels: Tensor, shifted: Tensor | None, num_items: Tensor | int | None
+    ) -> Tensor:
+        """Cross-entropy per label token (sum over `num_items` where it is given), without ever holding all logits.
+
+        `shifted` labels, where given, stand at the positions that predict them.
+        """
+        if shifted is None:
+            hidden_states, shifted = hidden_states[:, :-1], labels[:, 1:]
+        shifted = shifted.flatten()
         count = (shifted != -100).sum() if num_items is None else num_items
-        return chunked_cross_entropy(hidden_states[:, :-1].flatten(0, 1), self.lm_head.weight, shifted, num_items=count)
+        return chunked_cross_entropy(hidden_states.flatten(0, 1), self.lm_head.weight, shifted, num_items=count)
 
 
 __all__ = ["MoestroForCausalLM", "MoestroModel", "MoestroPreTrainedModel"]

@@ -71,7 +71,8 @@ def traits(shape: Shape) -> frozenset[str]:
         "query-key norm": config.qk_norm,
         "attention biases": config.attention_bias,
         "a sliding window": config.sliding_window is not None,
-        "blocks of other than one sub-layer": any(len(block) != 1 for block in blocks),
+        "blocks of several sub-layers": any(len(block) > 1 for block in blocks),
+        "blocks without a sub-layer": not all(blocks),
         "experts": config.has_experts,
     }
     if config.has_experts:

@@ -8,7 +8,7 @@ _METRIC = (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3))
 _BINARY = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
-def fixed(value: float | None, decimals: int = 3) -> str:
+def fixed(value: float | int | None, decimals: int = 3) -> str:
     """`value` with that many decimals; never a negative zero."""
     if value is None:
         return ABSENT
@@ -16,13 +16,13 @@ def fixed(value: float | None, decimals: int = 3) -> str:
     return text.replace("-", "−") if float(text.replace(",", "")) else text.lstrip("-")
 
 
-def signed(value: float, decimals: int = 3) -> str:
+def signed(value: float | int, decimals: int = 3) -> str:
     """`value` with its sign, also a plus."""
     text = fixed(value, decimals)
     return text if text.startswith("−") or not text.strip("0.,") else "+" + text
 
 
-def metric(value: float | None) -> str:
+def metric(value: float | int | None) -> str:
     """A count in three significant digits: 8.00M, 1.31B."""
     if value is None:
         return ABSENT
@@ -32,7 +32,7 @@ def metric(value: float | None) -> str:
     return f"{value:.0f}"
 
 
-def memory(value: float | None) -> str:
+def memory(value: float | int | None) -> str:
     """Bytes in three significant digits: 1.22 GiB."""
     if value is None:
         return ABSENT

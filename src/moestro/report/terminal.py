@@ -86,9 +86,10 @@ def _print_verdict(console: Console, comparison: Comparison, result: RecipeResul
 
 def _print_in_parts(console: Console, table: Callable[[Sequence[int]], Table], recipes: int) -> None:
     """Print a table with a column per recipe, as several tables where they do not fit side by side."""
+    unbounded = console.options.update_width(100_000)
     parts: list[list[int]] = []
     for index in range(recipes):
-        if parts and console.measure(table([*parts[-1], index])).maximum <= console.width:
+        if parts and console.measure(table([*parts[-1], index]), options=unbounded).maximum <= console.width:
             parts[-1].append(index)
         else:
             parts.append([index])

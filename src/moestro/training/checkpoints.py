@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from moestro.errors import Misuse, TrainingFailed
+from moestro.records import write_atomically
 
 MARKER = "complete.json"
 
@@ -74,16 +75,6 @@ def last_complete(run: Path) -> tuple[Path | None, list[Path]]:
             return folder, unfinished
         unfinished.append(folder)
     return None, unfinished
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, sees the old contents or the new, never a part."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:

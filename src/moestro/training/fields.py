@@ -29,7 +29,7 @@ def leaves(tree: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def override(tree: Any, name: str, value: Any) -> Any:
-    """The tree with every field called `name` set; `a.b` means fields `b` below `a`. Text is parsed by the field's type.
+    """The tree with every field called `name` set (`a.b`: fields `b` below `a`). Text is parsed by the field's type.
 
     Raises Misuse with the nearest name where there is no such field, and where the text is not of its type.
     """

@@ -237,7 +237,7 @@ def dense(size: str) -> Recipe:
 
 
 def smoe(size: str) -> Recipe:
-    """Switch / GShard style: softmax, top-2 of 16, one shared expert, load balance (CartesianMoE's SMoE-Share)."""
+    """Softmax, top-2 of 16, one shared expert: the SMoE-Share baseline of CartesianMoE (arXiv:2410.16077)."""
     block = MoE(num_experts=16, top_k=2, width=SIZES[size].width, num_shared=1)
     return build("smoe", size, "top-2 of 16 experts and a shared one", block, losses=Losses(balance=1e-2))
 

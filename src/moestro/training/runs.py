@@ -13,9 +13,9 @@ from typing import Any
 import torch
 import transformers
 
-from moestro.data.prepare import PreparedData
+from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
-from moestro.training.checkpoints import write_atomically
+from moestro.records import write_atomically
 from moestro.training.recipes import Recipe
 
 RUN = "run.json"

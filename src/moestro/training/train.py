@@ -16,10 +16,10 @@ from transformers import PrinterCallback, TrainingArguments, default_data_collat
 
 from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.comparison import CurvePoint, Run
-from moestro.data.prepare import PreparedData
+from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
 from moestro.evaluation import Evaluation, evaluate, held_out
-from moestro.models import MoestroForCausalLM
+from moestro.models import PADDED_MM, MoestroForCausalLM
 from moestro.records import read_record, write_record
 from moestro.training.checkpoints import last_complete, step_of
 from moestro.training.initialise import initialise
@@ -46,6 +46,11 @@ class Options:
     report_to: tuple[str, ...] = ()
 
 
+def only_on_first_rank(console: Console) -> Console:
+    """The console, silent on all ranks but the first."""
+    return console if int(os.environ.get("RANK", "0")) == 0 else Console(quiet=True)
+
+
 def resolve_dtype(recipe: Recipe, console: Console, device: torch.device) -> Recipe:
     """`dtype=auto` decided by a measurement on this machine, which is said."""
     if recipe.training.dtype != "auto":
@@ -62,6 +67,7 @@ def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, consol
     Raises Misuse where the folder holds another run or a corrupt checkpoint, TrainingFailed where the loss is not
     finite, Interrupted after Ctrl-C.
     """
+    console = only_on_first_rank(console)
     recipe = resolve_dtype(recipe, console, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     open_run(folder, describe_run(recipe, data, seed))
     if (folder / SUMMARY).exists():
@@ -94,6 +100,8 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
     model = MoestroForCausalLM(config)
     initialise(model, seed)
     model.chunked_loss = True
+    if recipe.training.dtype == "bfloat16" and not torch.cuda.is_available():
+        model.set_experts_implementation(PADDED_MM)
     if recipe.training.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

@@ -1,0 +1,267 @@
+"""Plant known bugs one by one and demand that the tests go red: a test suite is only as good as what it catches.
+
+Each bug is one exact replacement in one source file. It is made in a copy; the named test files run against that copy,
+stop at the first failure, and must fail by a test (not by an import error). Prints one line per bug; exit 1 if one
+survives.
+
+    python scripts/planted_bugs.py [--only TEXT] [--jobs 2]
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+
+
+class Bug(NamedTuple):
+    """One wrong line."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+BUGS = [
+    Bug(
+        "weights not permuted with their edges",
+        "models/layers.py",
+        "top_k_weights[token, slot, None]",
+        "top_k_weights[token, 0, None]",
+        "test_layers",
+    ),
+    Bug(
+        "balance counts the first choice only",
+        "routing.py",
+        "    return counts.index_add_(0, cell, chosen(routing, batch).flatten())",
+        "    first = chosen(routing, batch) * (torch.arange(routing.expert.shape[1]) == 0)\n"
+        "    return counts.index_add_(0, cell, first.flatten())",
+        "test_aux_losses",
+    ),
+    Bug("padding counted in the load", "routing.py", "if batch.valid is not None:", "if False:", "test_aux_losses"),
+    Bug(
+        "padding counted in losses",
+        "losses.py",
+        "value if batch.valid is None else value.masked_fill(~batch.valid, 0.0)",
+        "value",
+        "test_aux_losses",
+    ),
+    Bug(
+        "no gradient to the router",
+        "routers.py",
+        "weight = affinity.gather(-1, expert)",
+        "weight = affinity.detach().gather(-1, expert)",
+        "test_layers",
+    ),
+    Bug(
+        "idle last expert dropped",
+        "models/layers.py",
+        "for expert, (gate_up, down) in enumerate(weights):",
+        "for expert, (gate_up, down) in list(enumerate(weights))[: int(top_k_index.max())]:",
+        "test_layers",
+    ),
+    Bug("shared expert forgotten", "models/layers.py", "return routed + shared if", "return routed if", "test_layers"),
+    Bug(
+        "bias leaks into the weights",
+        "routers.py",
+        "weight = affinity.gather(-1, expert)",
+        "weight = (affinity if bias is None else affinity + bias).gather(-1, expert)",
+        "test_routers",
+    ),
+    Bug(
+        "accumulation counted twice",
+        "adapters/aux_losses.py",
+        "everything = own.sum() if items is None else",
+        "everything = own.sum() if True else",
+        "test_trainer",
+    ),
+    Bug(
+        "sequence boundaries ignored",
+        "adapters/observe.py",
+        "torch.arange(rows, device=device).repeat_interleave(length)",
+        "torch.zeros(rows * length, dtype=torch.long, device=device)",
+        "test_aux_losses",
+    ),
+    Bug("weights not renormalised", "routers.py", "if rule.renormalise:", "if False:", "test_routers"),
+    Bug("scale forgotten", "routers.py", "weight=weight * rule.scale", "weight=weight", "test_routers"),
+    Bug("groups ignored", "routers.py", "if rule.num_groups > 1:", "if False:", "test_routers"),
+    Bug(
+        "group score is its best expert only",
+        "routers.py",
+        "topk(min(2, grouped.shape[-1]), dim=-1)",
+        "topk(1, dim=-1)",
+        "test_routers",
+    ),
+    Bug(
+        "a banned expert may be chosen",
+        "routers.py",
+        "if banned is not None:",
+        "if False:",
+        "test_routers",
+    ),
+    Bug(
+        "router logits in the autocast dtype",
+        "models/layers.py",
+        "        with torch.autocast(hidden.device.type, enabled=False):\n"
+        "            logits = F.linear(hidden.float(), self.weight.float())",
+        "        logits = F.linear(hidden.float(), self.weight.float())",
+        "test_layers",
+    ),
+    Bug(
+        "convex mix not normalised",
+        "models/layers.py",
+        "share = logits.softmax(-1)",
+        "share = logits.sigmoid()",
+        "test_layers",
+    ),
+    Bug(
+        "shared experts summed under the convex mix",
+        "models/layers.py",
+        "self.mix(tokens, routed, shared / self.num_shared)",
+        "self.mix(tokens, routed, shared)",
+        "test_layers",
+    ),
+    Bug(
+        "statistics counted again in recomputation",
+        "adapters/aux_losses.py",
+        "        if not record.recomputed:\n            load",
+        "        if True:\n            load",
+        "test_aux_losses",
+    ),
+    Bug("bias moves the wrong way", "balance.py", "bias + rate", "bias - rate", "test_aux_losses"),
+    Bug("z-loss not squared", "losses.py", ".logsumexp(-1).square()", ".logsumexp(-1)", "test_aux_losses"),
+    Bug(
+        "lagged load not saved",
+        "adapters/aux_losses.py",
+        'return {"lagged": {name: load.cpu() for name, load in self._lagged.items()}}',
+        'return {"lagged": {}}',
+        "test_aux_losses",
+    ),
+    Bug(
+        "sub-layers averaged, not summed, in a block",
+        "adapters/aux_losses.py",
+        "len({layer.block for layer in self._layers})",
+        "len(self._layers)",
+        "test_aux_losses",
+    ),
+    Bug(
+        "labels not shifted in the chunked loss",
+        "models/modeling.py",
+        "labels[:, 1:].flatten()",
+        "labels[:, :-1].flatten()",
+        "test_models",
+    ),
+    Bug(
+        "ignored labels counted in the chunked loss",
+        "models/chunked_cross_entropy.py",
+        "total += (sums.log() + top - label_logit).where(counts, 0.0).sum()",
+        "total += (sums.log() + top - label_logit).sum()",
+        "test_chunked_cross_entropy",
+    ),
+    Bug(
+        "norm of a sub-layer forgotten",
+        "models/modeling.py",
+        "sub_layer(norm(hidden_states))",
+        "sub_layer(hidden_states)",
+        "test_siblings",
+    ),
+    Bug(
+        "tied embeddings counted twice",
+        "models/counting.py",
+        "(1 if config.tie_word_embeddings else 2)",
+        "2",
+        "test_counting",
+    ),
+    Bug(
+        "padded rows' gradient misplaced",
+        "models/grouped_padded.py",
+        "return grad_pairs.index_select(0, pair_of_row), None, None",
+        "return grad_pairs.index_select(0, pair_of_row.flip(0)), None, None",
+        "test_grouped_padded",
+    ),
+    Bug(
+        "held-out loss charged to the document before",
+        "evaluation.py",
+        'document = batch["document"][:, 1:].flatten()',
+        'document = batch["document"][:, :-1].flatten()',
+        "test_evaluation",
+    ),
+    Bug(
+        "training mode left on in evaluation",
+        "evaluation.py",
+        "    model.eval()\n",
+        "",
+        "test_evaluation",
+    ),
+    Bug(
+        "initial weights depend on what else there is",
+        "training/initialise.py",
+        "        torch.manual_seed(stable_hash(seed, name))\n",
+        "",
+        "test_initialise",
+    ),
+    Bug(
+        "difference has the wrong sign",
+        "statistics.py",
+        "    recipe_minus_first = a - b",
+        "    recipe_minus_first = b - a",
+        "test_statistics",
+    ),
+    Bug(
+        "a corrupt checkpoint is trusted",
+        "training/checkpoints.py",
+        "        if digest(path) != expected:",
+        "        if False:",
+        "test_runs.py::test_corrupt_checkpoint_is_an_error",
+    ),
+]
+
+
+def plant(bug: Bug) -> tuple[bool, str]:
+    """(caught?, what happened) for one bug."""
+    with tempfile.TemporaryDirectory() as place:
+        for folder in ("src", "tests", "scripts", "docs"):
+            shutil.copytree(ROOT / folder, Path(place) / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", place)
+        path = Path(place) / "src" / "moestro" / bug.file
+        text = path.read_text()
+        if text.count(bug.right) != 1:
+            return False, f"the line to break stands {text.count(bug.right)} times in {bug.file}, not once"
+        path.write_text(text.replace(bug.right, bug.wrong))
+        module, _, rest = bug.tests.partition("::")
+        target = f"tests/{module.removesuffix('.py')}.py" + (f"::{rest}" if rest else "")
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", target]
+        environment = os.environ | {"PYTHONPATH": str(Path(place) / "src"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+        if done.returncode == 1 and failed:
+            return True, failed[0].removeprefix("FAILED ").partition(" - ")[0]
+        return False, f"pytest ended with {done.returncode}: {(done.stdout.splitlines() or [done.stderr])[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="bugs whose name holds this text")
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    bugs = [bug for bug in BUGS if options.only in bug.name]
+    start, survivors = time.perf_counter(), 0
+    with ThreadPoolExecutor(options.jobs) as pool:
+        for bug, (caught, what) in zip(bugs, pool.map(plant, bugs), strict=True):
+            survivors += not caught
+            print(f"{'caught  ' if caught else 'SURVIVED'}  {bug.name}: {what}", flush=True)
+    print(f"{len(bugs) - survivors} of {len(bugs)} planted bugs caught in {time.perf_counter() - start:.0f} s")
+    return int(survivors > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Counts from the config alone, against models that were built, against PyTorch's counter, and against the papers."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from agreement import small_config
+from moestro import Dense, MoE, MoestroConfig, MoestroForCausalLM, RouterRule
+from moestro.models.configuration import SubLayer
+from moestro.models.counting import (
+    count_parameters,
+    forward_flops_per_token,
+    moe_layer_names,
+    training_flops_per_token,
+)
+from moestro.models.layers import SparseMoE
+from moestro.training.recipes import recipe
+
+
+@st.composite
+def sub_layers(draw: st.DrawFn) -> SubLayer:
+    if draw(st.integers(0, 3)) == 0:
+        return Dense(width=draw(st.integers(1, 40)))
+    num_experts, num_shared = draw(st.integers(1, 5)), draw(st.integers(0, 2))
+    return MoE(
+        num_experts=num_experts,
+        top_k=draw(st.integers(1, num_experts)),
+        width=8 * draw(st.integers(1, 3)),
+        num_shared=num_shared,
+        shared_width=draw(st.sampled_from([None, 5])),
+        mix=draw(st.sampled_from(["sum", "convex"])) if num_shared else "sum",
+        router=RouterRule(scores="sigmoid", selection_bias=True) if draw(st.booleans()) else RouterRule(),
+    )
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> MoestroConfig:
+    blocks = draw(st.lists(st.lists(sub_layers(), min_size=1, max_size=2), min_size=1, max_size=3))
+    qk_norm = draw(st.booleans())
+    return MoestroConfig(
+        vocab_size=draw(st.integers(1, 50)),
+        hidden_size=16,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=4,
+        num_key_value_heads=draw(st.sampled_from([None, 1, 2])),
+        head_dim=draw(st.sampled_from([None, 6])),
+        qk_norm=qk_norm,
+        attention_bias=qk_norm and draw(st.booleans()),
+        tie_word_embeddings=draw(st.booleans()),
+        feed_forward=blocks,
+    )
+
+
+def build_without_memory(config: MoestroConfig) -> MoestroForCausalLM:
+    with torch.device("meta"):
+        model = MoestroForCausalLM(config)
+    model.tie_weights()
+    return model
+
+
+@given(configs())
+def test_parameters_are_those_of_the_built_model(config):
+    assert count_parameters(config).total == sum(p.numel() for p in build_without_memory(config).parameters())
+
+
+@given(configs())
+def test_active_parameters_are_all_but_the_experts_not_chosen(config):
+    model = build_without_memory(config)
+    idle = 0
+    for layer in model.modules():
+        if isinstance(layer, SparseMoE):
+            each = sum(p[0].numel() for p in layer.experts.parameters())
+            idle += each * (layer.router.num_experts - layer.router.top_k)
+    count = count_parameters(config)
+    assert count.total - count.active == idle
+
+
+@given(configs())
+def test_moe_layers_have_the_names_of_modules(config):
+    model = build_without_memory(config).model
+    assert moe_layer_names(config) == [n for n, module in model.named_modules() if isinstance(module, SparseMoE)]
+
+
+@given(configs(), st.integers(1, 7))
+def test_flops_are_those_that_torch_counts(config, length):
+    """With the eager experts and eager attention, whose products are plain ones that the counter knows."""
+    model = MoestroForCausalLM(config)
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    ids = torch.randint(config.vocab_size, (2, length))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    assert counter.get_total_flops() == 2 * length * forward_flops_per_token(config, length)
+
+
+def test_training_costs_three_forward_passes():
+    """Counted too: a gradient for each factor of each product, but for the weights' inputs that need none."""
+    config = small_config()
+    model = MoestroForCausalLM(config)
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(64, (2, 7))).logits.sum().backward()
+    assert counter.get_total_flops() == 2 * 7 * training_flops_per_token(config, 7)
+
+
+def test_tied_embeddings_count_once():
+    tied, untied = (count_parameters(small_config(tie_word_embeddings=tie)) for tie in (True, False))
+    assert untied.total - tied.total == untied.active - tied.active == 64 * 32
+
+
+def with_cartesian_blocks(size: str) -> MoestroConfig:
+    """The paper's own model: in place of each MoE layer two of them in series, of experts half as wide."""
+    config = recipe("smoe", size).model.config(2048)
+
+    def halves(block: list[SubLayer]) -> list[SubLayer]:
+        return [replace(spec, width=spec.width // 2, mix="convex") for spec in block if isinstance(spec, MoE)] * 2
+
+    blocks = [halves(block) or block for block in config.sub_layers]
+    fields: dict[str, Any] = config.to_dict() | {"feed_forward": blocks}
+    return MoestroConfig(**fields)
+
+
+def paper_config(name: str, size: str) -> MoestroConfig:
+    return with_cartesian_blocks(size) if name == "cartesian" else recipe(name, size).model.config(2048)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "total", "active"),
+    [
+        ("dense", "base", 162.4e6, 162.4e6),
+        ("dense", "large", 468.2e6, 468.2e6),
+        ("smoe", "base", 842.0e6, 247.4e6),
+        ("smoe", "large", 2884e6, 770.4e6),
+        ("fine-grained", "base", 842.0e6, 247.4e6),
+        ("fine-grained", "large", 2884e6, 770.4e6),
+        ("cartesian", "base", 842.0e6, 247.4e6),
+        ("cartesian", "large", 2884e6, 770.4e6),
+        ("cartesian", "7b", 7245e6, 1608e6),
+    ],
+)
+def test_sizes_of_the_cartesian_moe_paper(name, size, total, active):
+    """Every figure of Su et al. 2024 (arXiv:2410.16077) within 0.1 %."""
+    count = count_parameters(paper_config(name, size))
+    assert count.total == pytest.approx(total, rel=1e-3)
+    assert count.active == pytest.approx(active, rel=1e-3)

@@ -1,0 +1,37 @@
+"""Two gloo ranks train what one process trains."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from command_line import SMALL, sources, write_corpus
+from test_aux_losses import assert_equal
+
+RECIPE = "deepseek-v3:balance_over=lagged,balance=0.05,bias_rate=0.01"
+
+
+def train(folder: Path, corpus: list[str], *launcher: str) -> None:
+    arguments = ["train", RECIPE, "--out", str(folder), *corpus, "--tokens", "2560", *SMALL]
+    command = [sys.executable, *launcher, "-m", "moestro.cli", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MOESTRO_CACHE": str(folder.parent / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out loss") == 1
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one(tmp_path: Path):
+    corpus = sources(write_corpus(tmp_path / "corpus"))
+    train(tmp_path / "one", corpus)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    train(tmp_path / "two", corpus, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}")
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    assert any(tensor.any() for name, tensor in one.items() if name.endswith("e_score_correction_bias"))
+    assert_equal(two, one, 1e-5)
