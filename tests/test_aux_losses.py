@@ -138,7 +138,7 @@ def test_gradient_does_not_depend_on_the_cut(cut: list[int], form: str, checkpoi
     items = int((batch["labels"][:, 1:] != -100).sum())
     aux = AuxLosses(balance=0.5, router_z=0.1, balance_over=form)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        model.activation_checkpointing_enable()
     with aux.attach(model):
         model(**batch)  # one step, so that the lagged load is not uniform
         aux.step()
@@ -159,7 +159,7 @@ def test_checkpointing_counts_the_load_once():
     loads = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         aux = AuxLosses(balance=0.5)
         with aux.attach(model):
             gradients(model, **batch)

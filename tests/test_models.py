@@ -203,6 +203,15 @@ def test_greedy_generation_agrees_with_and_without_cache(shape, options):
     assert greedy(model, ids, **options) == greedy(model, ids, use_cache=False)
 
 
+def test_a_cache_continues_where_it_ended():
+    """Without positions given: the model counts on from the length of the cache (`generate` passes its own)."""
+    model = small_model()
+    ids = some_ids()
+    begun = model(ids[:, :5], use_cache=True)
+    continued = model(ids[:, 5:], past_key_values=begun.past_key_values)
+    assert_equal(continued.logits, model(ids).logits[:, 5:])
+
+
 @pytest.mark.parametrize("options", [{"use_cache": False}, {}, {"cache_implementation": "static"}], ids=str)
 def test_a_left_padded_batch_generates_what_each_row_does(options):
     model = small_model()

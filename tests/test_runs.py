@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from command_line import SMALL, moestro, sources, start, write_corpus
 
+pytestmark = pytest.mark.xdist_group("runs")  # they share the uninterrupted run
 TRAIN = ["--tokens", "5120", *SMALL]  # 40 steps, a checkpoint every 10
 
 

@@ -132,7 +132,7 @@ def _lay_out(expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch
     row_in_order = torch.arange(len(flat), device=device) + (padded_begins - begins)[expert_in_order]
 
     used_experts = min(experts.num_experts, len(flat))
-    num_rows = (len(flat) + (multiple - 1) * used_experts) // multiple * multiple
+    num_rows = -(-(len(flat) + (multiple - 1) * used_experts) // multiple) * multiple  # rounded up
     row_of_pair = torch.empty_like(pair_in_order).scatter(0, pair_in_order, row_in_order)
     pair_of_row = pair_in_order.new_full((num_rows,), len(flat)).scatter(0, row_in_order, pair_in_order)
     ends = padded_begins[1:].int()

@@ -160,7 +160,7 @@ SIZES = {
         width=128,
         dense_width=3 * 128,
         vocab_size=4096,
-        training=Training(tokens=600_000, batch_tokens=2048, sequence_length=256, learning_rate=6e-3),
+        training=Training(tokens=400_000, batch_tokens=2048, sequence_length=256, learning_rate=6e-3),
     ),
     "small": Size(
         hidden_size=256,
@@ -230,6 +230,11 @@ def build(name: str, size_name: str, description: str, *block: SubLayer, losses:
     )
 
 
+def balance(size: str, per_layer: float) -> float:
+    """The weight of a balance loss that papers give per layer: theirs add up over layers, ours is their mean."""
+    return per_layer * (SIZES[size].num_layers // SIZES[size].every)
+
+
 def dense(size: str) -> Recipe:
     """No experts; as wide as the other recipes' active experts together (paper sizes: as wide as one expert)."""
     width = SIZES[size].dense_width
@@ -239,14 +244,16 @@ def dense(size: str) -> Recipe:
 def smoe(size: str) -> Recipe:
     """Softmax, top-2 of 16, one shared expert: the SMoE-Share baseline of CartesianMoE (arXiv:2410.16077)."""
     block = MoE(num_experts=16, top_k=2, width=SIZES[size].width, num_shared=1)
-    return build("smoe", size, "top-2 of 16 experts and a shared one", block, losses=Losses(balance=1e-2))
+    return build(
+        "smoe", size, "top-2 of 16 experts and a shared one", block, losses=Losses(balance=balance(size, 1e-2))
+    )
 
 
 def fine_grained(size: str) -> Recipe:
     """DeepSeekMoE (arXiv:2401.06066): twice the experts at half the width, twice the k, shared experts summed."""
     block = MoE(num_experts=32, top_k=4, width=SIZES[size].width // 2, num_shared=2)
     description = "top-4 of 32 half-width experts and two shared ones, summed"
-    return build("fine-grained", size, description, block, losses=Losses(balance=1e-2))
+    return build("fine-grained", size, description, block, losses=Losses(balance=balance(size, 1e-2)))
 
 
 def deepseek_v3(size: str) -> Recipe:
@@ -254,7 +261,7 @@ def deepseek_v3(size: str) -> Recipe:
     rule = RouterRule(scores="sigmoid", selection_bias=True)
     block = MoE(num_experts=32, top_k=4, width=SIZES[size].width // 2, num_shared=2, router=rule)
     description = "fine-grained with sigmoid scores and loss-free balance"
-    losses = Losses(balance=1e-4, balance_over="sequence", bias_rate=1e-3)
+    losses = Losses(balance=balance(size, 1e-4), balance_over="sequence", bias_rate=1e-3)
     return build("deepseek-v3", size, description, block, losses=losses)
 
 
