@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import moestro  # noqa: F401  # registers our backends
-from moestro import MoE, MoestroConfig, MoestroForCausalLM
+from moestro import Dense, MoE, MoestroConfig, MoestroForCausalLM, RouterRule
 
 NEED_CUDA = {"deepgemm", "sonicmoe"}
 """Backends whose kernels exist for CUDA alone (transformers downloads them)."""
@@ -67,6 +68,29 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
                 tensor.normal_(std=0.1)
 
 
+MOE = MoE(num_experts=4, top_k=2, width=16, num_shared=1)
+V3 = MoE(
+    num_experts=8,
+    top_k=2,
+    width=8,
+    num_shared=2,
+    router=RouterRule(scores="sigmoid", scale=2.5, selection_bias=True, num_groups=4, top_groups=2),
+)
+CONVEX = MoE(num_experts=4, top_k=2, width=8, num_shared=1, mix="convex")
+SHAPES = {
+    "plain": {},
+    "dense": {"feed_forward": [[Dense(width=24)], [Dense(width=40)]]},
+    "no query-key norm, untied": {"qk_norm": False, "tie_word_embeddings": False},
+    "sigmoid, dense first": {"feed_forward": [[Dense(width=24)], [V3]]},
+    "two sub-layers, convex": {
+        "feed_forward": [[MoE(num_experts=4, top_k=2, width=8, num_shared=1, mix="convex")] * 2] * 2
+    },
+    "one key-value head, wide heads": {"num_key_value_heads": 1, "head_dim": 16},
+    "biases": {"attention_bias": True},
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
 def small_config(**changes) -> MoestroConfig:
     """Two blocks of four small experts with a shared one, grouped-query attention."""
     moe = MoE(num_experts=4, top_k=2, width=16, num_shared=1)
@@ -102,3 +126,14 @@ def run_fresh(script: str, folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def some_ids(rows: int = 2, length: int = 9) -> Tensor:
+    return torch.randint(1, 64, (rows, length))
+
+
+def loss_and_gradients(model: MoestroForCausalLM, ids: Tensor, **inputs) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids, **inputs).loss
+    loss.backward()
+    return {"loss": loss.detach()} | gradients(model)

@@ -171,7 +171,7 @@ def test_bf16_is_as_exact_as_grouped_mm(build: Callable[[int], nn.Module], weigh
     hidden, weight = hidden.bfloat16().float(), weight.to(weight_dtype)
     truth = run(experts, "grouped_mm", hidden, index, weight.float())
     ours = error(run(experts, PADDED_MM, hidden, index, weight, autocast=True), truth)
-    stock = error(run(experts.bfloat16(), "grouped_mm", hidden.bfloat16(), index, weight), truth)
+    stock = error(run(experts.bfloat16(), "grouped_mm", hidden.bfloat16(), index, weight.bfloat16()), truth)
     assert max(ours.values()) < 0.01
     for name in ours:
         assert ours[name] <= 1.1 * stock[name], name

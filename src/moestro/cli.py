@@ -25,7 +25,7 @@ from moestro.training.recipes import RECIPES, Recipe, recipe
 from moestro.training.train import Interrupted, Options
 from moestro.training.train import train as train_run
 
-DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 2**17
+DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 48 * 2**10
 """Of each domain of the default corpus, so that its largest domain does not drown the others."""
 
 

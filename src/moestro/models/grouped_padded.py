@@ -42,34 +42,24 @@ def padded_mm_experts_forward(
         self: any module decorated with `use_experts_implementation`; all the decorator's flags are obeyed.
         hidden_states: the tokens.
         top_k_index: the chosen experts. Under expert parallelism ids >= `num_experts` live on another rank and add 0.
-        top_k_weights: how much each expert's output counts.
+        top_k_weights: how much each expert's output counts. Under autocast they are rounded as everything else is.
 
     Returns:
         Per token, the sum over its experts of weight * output, in the dtype of `hidden_states`.
     """
     experts: Any = self  # the decorator and the model's own class set what is read below
-    up_name = "gate_up_proj" if experts.has_gate else "up_proj"
-    up, down = getattr(experts, up_name), experts.down_proj
-    dtype = _compute_dtype(down)
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    dtype = _compute_dtype(experts.down_proj)
     layout = _lay_out(top_k_index, experts, dtype)
-    expert = top_k_index.flatten().clamp(max=experts.num_experts - 1)
 
-    rows = layout.mask_rows(_PairsToRows.apply(hidden_states, layout.row_of_pair, layout.token_of_row, dtype))
-    rows = _grouped_linear(rows, up, layout.ends, experts.is_transposed)
-    if experts.has_bias:
-        rows = rows + _biases(getattr(experts, f"{up_name}_bias"), layout.expert_of_row(), dtype)
-    rows = layout.mask_rows(rows)
+    rows = _Dispatch.apply(hidden_states, layout.row_of_pair, layout.token_of_row, dtype)
+    rows = _linear(layout.mask(rows), experts, up, layout)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = _grouped_linear(rows, down, layout.ends, experts.is_transposed)
-
-    outputs = _RowsToPairs.apply(rows, layout.row_of_pair, layout.pair_of_row)
-    if experts.has_bias:
-        outputs = outputs + _biases(experts.down_proj_bias, expert, dtype)
-    outputs = layout.mask_pairs(outputs)
+    rows = _linear(rows, experts, "down_proj", layout)
     if experts.has_post_expert_norm:
-        outputs = experts.post_expert_norm(outputs)
-    weighted = outputs.unflatten(0, top_k_index.shape) * top_k_weights.unsqueeze(-1)
-    return weighted.sum(1, dtype=hidden_states.dtype)
+        rows = experts.post_expert_norm(rows)
+    mixed = _Mix.apply(rows, top_k_weights, layout.row_of_pair, layout.pair_of_row, layout.token_of_row)
+    return mixed.to(hidden_states.dtype)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -77,10 +67,13 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _biases(
-    bias: Float[Tensor, "experts dim"], expert: Int[Tensor, " n"], dtype: torch.dtype
-) -> Float[Tensor, "n dim"]:
-    return bias[expert].to(dtype)  # cast last, so that its gradient is summed in the bias's own dtype
+def _linear(rows: Float[Tensor, "rows in"], experts: Any, name: str, layout: "_Layout") -> Float[Tensor, "rows out"]:
+    """Each row through the linear map `name` of its expert."""
+    rows = _grouped_matmul(rows, getattr(experts, name), layout.ends, experts.is_transposed)
+    if experts.has_bias:
+        # Cast after the gather, so that the bias's gradient is summed in its own dtype.
+        rows = rows + getattr(experts, f"{name}_bias")[layout.expert_of_row()].to(rows.dtype)
+    return layout.mask(rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,24 +85,19 @@ class _Layout:
         pair_of_row: "rows"; the number of pairs in a row of zeros.
         token_of_row: "rows"; the number of tokens in a row of zeros.
         ends: "experts", int32, where each expert's group of rows ends.
-        foreign_rows, foreign_pairs: which ones no expert of this rank computes, so that what stands there is
-            uninitialised memory, forward and backward. None without expert parallelism: then there are none.
+        foreign: "rows"; which ones no expert of this rank multiplies, so that what stands there is uninitialised
+            memory, forward and backward. None without expert parallelism: then there are none.
     """
 
     row_of_pair: Tensor
     pair_of_row: Tensor
     token_of_row: Tensor
     ends: Tensor
-    foreign_rows: Tensor | None
-    foreign_pairs: Tensor | None
+    foreign: Tensor | None
 
-    def mask_rows(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    def mask(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
         """Zeros in the foreign rows, and in their gradient."""
-        return rows if self.foreign_rows is None else rows.masked_fill(self.foreign_rows.unsqueeze(-1), 0.0)
-
-    def mask_pairs(self, outputs: Float[Tensor, "pairs dim"]) -> Float[Tensor, "pairs dim"]:
-        """Zeros for the foreign pairs, and in their gradient."""
-        return outputs if self.foreign_pairs is None else outputs.masked_fill(self.foreign_pairs.unsqueeze(-1), 0.0)
+        return rows if self.foreign is None else rows.masked_fill(self.foreign.unsqueeze(-1), 0.0)
 
     def expert_of_row(self) -> Int[Tensor, " rows"]:
         """Whose bias each row gets."""
@@ -137,17 +125,15 @@ def _lay_out(expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch
     pair_of_row = pair_in_order.new_full((num_rows,), len(flat)).scatter(0, row_in_order, pair_in_order)
     ends = padded_begins[1:].int()
     if experts._is_expert_parallel:
-        foreign_rows, foreign_pairs = torch.arange(num_rows, device=device) >= ends[-1], flat >= experts.num_experts
+        foreign = torch.arange(num_rows, device=device) >= ends[-1]
     else:  # The last expert multiplies what is left of the buffer, all zeros: nothing stays uninitialised.
-        ends = torch.cat([ends[:-1], ends.new_full((1,), num_rows)])
-        foreign_rows = foreign_pairs = None
+        ends, foreign = torch.cat([ends[:-1], ends.new_full((1,), num_rows)]), None
     return _Layout(
         row_of_pair=row_of_pair.view(tokens, k),
         pair_of_row=pair_of_row,
         token_of_row=torch.div(pair_of_row, k, rounding_mode="floor"),
         ends=ends,
-        foreign_rows=foreign_rows,
-        foreign_pairs=foreign_pairs,
+        foreign=foreign,
     )
 
 
@@ -159,48 +145,57 @@ def _rows_multiple(pairs: int, num_experts: int, dtype: torch.dtype, device: tor
     return _MULTIPLE if pays else 1
 
 
-class _PairsToRows(Function):
+class _Dispatch(Function):
     """Each row's token in the compute dtype, or zeros. Its gradient sums each token's rows."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, row_of_pair: Tensor, token_of_row: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(row_of_pair)
         ctx.dtype = hidden.dtype
-        hidden = hidden.to(dtype)
-        if len(token_of_row) > row_of_pair.numel():
-            hidden = _append_zero_row(hidden)
-        return hidden.index_select(0, token_of_row)
+        return _take(hidden.to(dtype), token_of_row, row_of_pair)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows: Tensor):
+    def backward(ctx, grad: Tensor):
         (row_of_pair,) = ctx.saved_tensors
         # embedding_bag is index_select and sum in one pass over memory.
-        return F.embedding_bag(row_of_pair, grad_rows, mode="sum").to(ctx.dtype), None, None, None
+        return F.embedding_bag(row_of_pair, grad, mode="sum").to(ctx.dtype), None, None, None
 
 
-class _RowsToPairs(Function):
-    """Each pair's row. Its gradient is zero in rows without a pair."""
+class _Mix(Function):
+    """Each token's weighted sum of its rows. Gradients are zero in rows of zeros."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, row_of_pair: Tensor, pair_of_row: Tensor) -> Tensor:
-        ctx.save_for_backward(pair_of_row)
-        return rows.index_select(0, row_of_pair.flatten())
+    def forward(
+        ctx, rows: Tensor, weight: Tensor, row_of_pair: Tensor, pair_of_row: Tensor, token_of_row: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weight, row_of_pair, pair_of_row, token_of_row)
+        return F.embedding_bag(row_of_pair, rows, per_sample_weights=weight.to(rows.dtype), mode="sum")
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_pairs: Tensor):
-        (pair_of_row,) = ctx.saved_tensors
-        if len(pair_of_row) > len(grad_pairs):
-            grad_pairs = _append_zero_row(grad_pairs)
-        return grad_pairs.index_select(0, pair_of_row), None, None
+    def backward(ctx, grad: Tensor):
+        rows, weight, row_of_pair, pair_of_row, token_of_row = ctx.saved_tensors
+        grad_of_row = _take(grad, token_of_row, row_of_pair)
+        weight_of_row = _take(weight.to(rows.dtype).view(-1, 1), pair_of_row, row_of_pair)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows * grad_of_row).sum(-1, dtype=weight.dtype)[row_of_pair]
+        return grad_of_row.mul_(weight_of_row), grad_weight, None, None, None
+
+
+def _take(x: Float[Tensor, "n dim"], index: Int[Tensor, " rows"], pairs: Tensor) -> Float[Tensor, "rows dim"]:
+    """`x[index]`, with zeros where index is n, which occurs only where there are more rows than pairs."""
+    if len(index) > pairs.numel():
+        x = _append_zero_row(x)
+    return x.index_select(0, index)
 
 
 def _append_zero_row(x: Float[Tensor, "n dim"]) -> Float[Tensor, "n+1 dim"]:
     return torch.cat([x, x.new_zeros(1, x.shape[1])])
 
 
-def _grouped_linear(
+def _grouped_matmul(
     rows: Float[Tensor, "rows in"], weight: Float[Tensor, "experts out_or_in in_or_out"], ends: Tensor, transposed: bool
 ) -> Float[Tensor, "rows out"]:
     """Each group of rows times its expert's weight, [out, in] or [in, out] if `transposed`."""
@@ -209,10 +204,10 @@ def _grouped_linear(
     if rows.dtype == torch.float64 or compiled or not widths_fit:  # what torch's grouped_mm cannot do
         matrix = weight if transposed else weight.transpose(1, 2)
         return torch.ops.transformers.grouped_mm_fallback(rows, matrix.to(rows.dtype), ends)
-    return _GroupedLinear.apply(rows, weight, ends, transposed)
+    return _GroupedMatmul.apply(rows, weight, ends, transposed)
 
 
-class _GroupedLinear(Function):
+class _GroupedMatmul(Function):
     """torch's grouped_mm with the cast of the weight inside, and gradients laid out as the weight is."""
 
     @staticmethod

@@ -29,9 +29,9 @@ from moestro.training.recipes import Recipe
 from moestro.training.runs import METRICS, SUMMARY, describe_run, keep_metrics_until, open_run, read_metrics
 from moestro.training.trainer import Interruption, PretrainingTrainer
 
-LOGS, CURVE_POINTS, CHECKPOINTS = 40, 8, 4
+LOGS, CURVE_POINTS, CHECKPOINTS = 40, 6, 4
 """How many times a run logs, evaluates on a part of the held-out text, and writes a checkpoint."""
-CURVE_TOKENS = 16_384
+CURVE_TOKENS = 8_192
 """Held-out tokens of each point of a learning curve."""
 
 
@@ -77,8 +77,8 @@ def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, consol
     resume = resume_point(folder, console)
     start = time.perf_counter()
     with ExitStack() as stack:
-        stack.enter_context(trainer.aux.attach(trainer))
-        if trainer.meter is not None:
+        if trainer.meter is not None:  # a dense model has neither
+            stack.enter_context(trainer.aux.attach(trainer))
             stack.enter_context(trainer.meter.attach(model))
         stack.enter_context(interruption.listening())
         stack.enter_context(peak_memory_from_now())
