@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import SMALL, moestro, sources, write_corpus
 
+from command_line import SMALL, moestro, sources, write_corpus
 from moestro import Misuse
 from moestro.compare import plan, run_folder, training_flops
 from moestro.comparison import Comparison

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
+import rich.box
 import transformers
 import tyro
 from rich.console import Console
@@ -189,20 +190,24 @@ def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = Recip
 def print_estimates(rows: list[Estimate]) -> None:
     """What is known before anything is built."""
     first, console = rows[0], Console()
-    table = Table(title=f"size {first.size}, {first.tokens:,} tokens per run, sequences of {first.sequence_length}")
-    for column in ("recipe", "parameters", "active", "forward FLOPs/token", "memory", "time"):
-        table.add_column(column, justify="left" if column == "recipe" else "right")
+    title = f"size {first.size}, {first.tokens:,} tokens per run, sequences of {first.sequence_length}"
+    table = Table(title=title, box=rich.box.SIMPLE, pad_edge=False)
+    table.add_column("")
     for row in rows:
-        memory = f"{row.memory_bytes / 1e9:,.1f} GB"
-        counts = [f"{n:,}" for n in (row.parameters, row.active_parameters, row.forward_flops)]
-        table.add_row(row.name, *counts, memory, row.duration)
+        table.add_column(row.name, justify="right", overflow="fold")
+    table.add_row("parameters", *(f"{row.parameters:,}" for row in rows))
+    table.add_row("active", *(f"{row.active_parameters:,}" for row in rows))
+    table.add_row("forward FLOPs", *(f"{row.forward_flops:,}" for row in rows))
+    table.add_row("memory", *(f"{row.memory_bytes / 1e9:,.1f} GB" for row in rows))
+    table.add_row("time", *(row.duration for row in rows))
     console.print(table)
     for row in rows:
         console.print(f"{row.name}: {row.description}", markup=False)
+    speed = f"{first.device_flops / 1e9:,.0f} GFLOP/s"
     console.print(
-        f"Memory is an estimate: weights, gradients and AdamW in fp32, and activations. Time is a lower bound: "
-        f"{first.runs} run(s) at this machine's full speed in {first.dtype} matrix products, "
-        f"{first.device_flops / 1e9:,.0f} GFLOP/s (measured now).",
+        "FLOPs are per token. Memory counts weights, gradients and AdamW in fp32, and an estimate of the activations. "
+        f"Time is what {first.runs} run(s) would take at the full speed of this machine's {first.dtype} matrix "
+        f"products, {speed} measured now: expect more.",
         markup=False,
     )
 

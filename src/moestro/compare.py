@@ -134,7 +134,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
     """The comparison's record from its runs."""
     recipes, seeds = the_plan.recipes, the_plan.seeds
     losses = [[run.held_out.loss for run in runs[recipe.name]] for recipe in recipes]
-    differences = [None, *compare_with_first(losses)] if len(recipes) > 1 else [None]
+    differences = [None, *(compare_with_first(losses) if len(recipes) > 1 else ())]
     results = []
     for recipe, difference in zip(recipes, differences, strict=True):
         config = recipe.model.config(recipe.training.sequence_length)

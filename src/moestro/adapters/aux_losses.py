@@ -141,7 +141,9 @@ class AuxLosses:
             if num_items_in_batch is not None and trainer.args.average_tokens_across_devices:
                 # The Trainer multiplies its loss by the number of ranks, because gradients are averaged over them.
                 total = total * (trainer.accelerator.num_processes // trainer.get_tp_size())
-            return (result[0] + total, result[1]) if return_outputs else result + total
+            if isinstance(result, tuple):
+                return result[0] + total, result[1]
+            return result + total
 
         step = StepCallback(self)
         with self._to_model(trainer.accelerator.unwrap_model(trainer.model), into_loss=False):

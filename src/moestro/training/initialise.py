@@ -19,7 +19,7 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
             continue
         for parameter in parameters:
             if hasattr(parameter, "_is_hf_initialized"):
-                del parameter._is_hf_initialized
+                delattr(parameter, "_is_hf_initialized")  # transformers would skip it
         torch.manual_seed(stable_hash(seed, name))
         model._init_weights(module)
     model.tie_weights()

@@ -31,8 +31,8 @@ class Model:
     qk_norm: bool = True
     tie_embeddings: bool = True
 
-    def config(self, sequence_length: int, **tokens: int | None) -> MoestroConfig:
-        """The model's config; `tokens` are ids of special tokens."""
+    def config(self, sequence_length: int, end_of_text: int | None = None) -> MoestroConfig:
+        """The model's config; `end_of_text` is the id of the token that stands between documents."""
         plain = (Dense(width=self.dense_width),) if self.every > 1 else ()
         blocks = [self.block if (i + 1) % self.every == 0 else plain for i in range(self.num_layers)]
         return MoestroConfig(
@@ -45,7 +45,8 @@ class Model:
             feed_forward=[list(block) for block in blocks],
             max_position_embeddings=sequence_length,
             tie_word_embeddings=self.tie_embeddings,
-            **tokens,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
         )
 
 
@@ -149,7 +150,12 @@ class Size:
 
 
 PAPER_TRAINING = Training(
-    tokens=100_000_000_000, batch_tokens=2048 * 512, sequence_length=2048, learning_rate=3e-4, warmup=0.01
+    tokens=100_000_000_000,
+    batch_tokens=2048 * 512,
+    micro_batch_tokens=2048 * 4,
+    sequence_length=2048,
+    learning_rate=3e-4,
+    warmup=0.01,
 )
 
 SIZES = {

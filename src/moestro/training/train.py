@@ -96,8 +96,8 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
             f"vocab_size must hold the tokenizer's {len(data.tokenizer)} tokens, got {recipe.model.vocab_size}"
         )
     end_of_text = data.tokenizer.eos_token_id
-    config = recipe.model.config(recipe.training.sequence_length, bos_token_id=end_of_text, eos_token_id=end_of_text)
-    model = MoestroForCausalLM(config)
+    assert isinstance(end_of_text, int)
+    model = MoestroForCausalLM(recipe.model.config(recipe.training.sequence_length, end_of_text))
     initialise(model, seed)
     model.chunked_loss = True
     if recipe.training.dtype == "bfloat16" and not torch.cuda.is_available():
