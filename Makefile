@@ -4,22 +4,25 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow types planted clean
 
 demo: .venv/installed
 	$(BIN)/moestro compare dense smoe fine-grained --seeds 2 --out runs/demo
 
-test: .venv/installed-dev lint
+test: .venv/installed-dev
+	$(BIN)/ruff format --check --quiet
+	$(BIN)/ruff check --quiet
+	$(BIN)/lint-imports >/dev/null
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 slow: .venv/installed-dev
 	$(BIN)/python -m pytest -m slow
 
-lint: .venv/installed-dev
-	$(BIN)/ruff format --check
-	$(BIN)/ruff check
-	$(BIN)/lint-imports
+types: .venv/installed-dev
 	$(BIN)/pyright
+
+planted: .venv/installed-dev
+	$(BIN)/python scripts/planted_bugs.py
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
