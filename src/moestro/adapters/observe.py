@@ -77,7 +77,8 @@ def reporter(layer: MoELayer, current: Pass, on_layer: Callable[[LayerRecord], N
             )
         )
 
-    return report
+    # What consumers write (a list here, a count there) would make every layer of a compiled model compile again.
+    return torch.compiler.disable(report)
 
 
 def describe(inputs: dict[str, Any], domain: Tensor | None = None) -> Batch:
