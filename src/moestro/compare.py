@@ -21,7 +21,7 @@ from moestro.report import write_report
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
 from moestro.training.recipes import Recipe
 from moestro.training.runs import environment
-from moestro.training.train import Options, resolve_dtype, train
+from moestro.training.train import Options, recorded_dtype, resolve_dtype, train
 
 TOLERANCE = 0.02
 """Parameters count as equal within this share: routers and norms differ a little between architectures."""
@@ -108,7 +108,8 @@ def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
 def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
     """Train what is not trained yet, and write `comparison.json` and `report.html`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first = resolve_dtype(the_plan.recipes[0], console, device)
+    first = recorded_dtype(the_plan.recipes[0], run_folder(folder, the_plan.recipes[0], the_plan.seeds[0]))
+    first = resolve_dtype(first, console, device)
     dtype = first.training.dtype
     recipes = [replace(r, training=replace(r.training, dtype=dtype)) for r in the_plan.recipes]
     runs: dict[str, list[Run]] = {recipe.name: [] for recipe in recipes}

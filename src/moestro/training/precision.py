@@ -15,7 +15,7 @@ def faster_dtype(device: torch.device) -> tuple[torch.dtype, float]:
 
 
 @torch.no_grad()
-def product_seconds(dtype: torch.dtype, device: torch.device, size: int = 768, repeats: int = 7) -> float:
+def product_seconds(dtype: torch.dtype, device: torch.device, size: int = 768, repeats: int = 20) -> float:
     """The fastest of several square matrix products, in seconds."""
     a = torch.ones(size, size, dtype=dtype, device=device)
     times = []

@@ -1,5 +1,6 @@
 """`train`: from a recipe, data, a seed and a folder to a finished run; or, called again, on from where it stopped."""
 
+import json
 import os
 import resource
 import sys
@@ -26,7 +27,7 @@ from moestro.training.initialise import initialise
 from moestro.training.precision import faster_dtype
 from moestro.training.progress import MetricsFile, ProgressBar
 from moestro.training.recipes import Recipe
-from moestro.training.runs import METRICS, SUMMARY, describe_run, keep_metrics_until, open_run, read_metrics
+from moestro.training.runs import METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run, read_metrics
 from moestro.training.trainer import Interruption, PretrainingTrainer
 
 LOGS, CURVE_POINTS, CHECKPOINTS = 40, 6, 4
@@ -51,6 +52,14 @@ def only_on_first_rank(console: Console) -> Console:
     return console if int(os.environ.get("RANK", "0")) == 0 else Console(quiet=True)
 
 
+def recorded_dtype(recipe: Recipe, folder: Path) -> Recipe:
+    """`dtype=auto` as an earlier start of the run in this folder decided it: a resumed run must not decide again."""
+    if recipe.training.dtype != "auto" or not (folder / RUN).exists():
+        return recipe
+    dtype = json.loads((folder / RUN).read_text())["recipe"]["training"]["dtype"]
+    return replace(recipe, training=replace(recipe.training, dtype=dtype))
+
+
 def resolve_dtype(recipe: Recipe, console: Console, device: torch.device) -> Recipe:
     """`dtype=auto` decided by a measurement on this machine, which is said."""
     if recipe.training.dtype != "auto":
@@ -68,7 +77,9 @@ def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, consol
     finite, Interrupted after Ctrl-C.
     """
     console = only_on_first_rank(console)
-    recipe = resolve_dtype(recipe, console, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    recipe = resolve_dtype(
+        recorded_dtype(recipe, folder), console, torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     open_run(folder, describe_run(recipe, data, seed))
     if (folder / SUMMARY).exists():
         return read_record(Run, folder / SUMMARY)
