@@ -1,6 +1,7 @@
 """moestro: train mixture-of-experts models whose experts really specialise, and prove it."""
 
 from moestro.adapters import AuxLosses as AuxLosses
+from moestro.adapters import RoutingCallback as RoutingCallback
 from moestro.adapters import RoutingMeter as RoutingMeter
 from moestro.adapters import observe as observe
 from moestro.errors import Misuse as Misuse

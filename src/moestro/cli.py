@@ -1,6 +1,7 @@
 """The command line: results on stdout, progress on stderr; exit 0 done, 1 failed, 2 misuse."""
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,9 +19,13 @@ from moestro.compare import plan as plan_comparison
 from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.preparation import PreparedData, prepare
 from moestro.errors import Misuse, TrainingFailed
+from moestro.inspection import describe, find, read_text
+from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
 from moestro.models import MoestroForCausalLM
 from moestro.models.siblings import export_stock
+from moestro.report.routing_terminal import print_finding, print_study
 from moestro.report.terminal import print_comparison
+from moestro.routing_study import Running, study_routing
 from moestro.training.estimate import Estimate, estimates
 from moestro.training.recipes import RECIPES, Recipe, recipe
 from moestro.training.train import Interrupted, Options
@@ -187,6 +192,46 @@ def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = Recip
     print_estimates(estimates([recipe_flags.recipe(name) for name in RECIPES]))
 
 
+def inspect(
+    checkpoints: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    data: tuple[str, ...] = (),
+    text_column: str = "text",
+    tokenizer: str | None = None,
+    max_bytes: int = INSPECTED_BYTES,
+    sequence_length: int | None = None,
+    batch_tokens: int = 4096,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    out: Path | None = None,
+) -> None:
+    """Say what a checkpoint is and which losses apply; with --data, report how it routes a text. Two: side by side.
+
+    Args:
+        checkpoints: One or two: a folder, a run of `moestro train`, an adapter of PEFT, or a name on the hub.
+        data: Files, folders, globs or hf:NAME; LABEL=PATH names its domain, PATH::COLUMN its text column.
+        text_column: Column that holds the text in .jsonl, .csv and .parquet; a+b joins two.
+        tokenizer: Folder or name of a tokenizer of transformers. Default: each checkpoint's own.
+        max_bytes: Use at most this much of each domain.
+        sequence_length: Default: 512, or what the model can take.
+        batch_tokens: Tokens that run at once; MaxVio within a batch depends on it.
+        dtype: Of the computation. auto: bfloat16 where this machine gains by it.
+        out: Folder of report.html and routing.json. Default: runs/inspect- and the checkpoints' names.
+    """
+    found = find(checkpoints)
+    text = read_text(data, text_column=text_column, max_bytes=max_bytes) if data else None
+    findings = [describe(checkpoint) for checkpoint in found]
+    console = Console()
+    for finding in findings:
+        print_finding(finding, console)
+    if text is None:
+        return
+    folder = out or Path("runs") / f"inspect-{slug([checkpoint.name for checkpoint in found])}"
+    how = Running(tokenizer=tokenizer, sequence_length=sequence_length, batch_tokens=batch_tokens, dtype=dtype)
+    result = study_routing(found, findings, text, how, folder, command=shlex.join(["moestro", *sys.argv[1:]]))
+    print_study(result, console)
+    print(f"\nreport: {folder / 'report.html'}")
+
+
 def print_estimates(rows: list[Estimate]) -> None:
     """What is known before anything is built."""
     first, console = rows[0], Console()
@@ -226,7 +271,7 @@ def main() -> None:
     """The `moestro` program."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    commands = {"compare": compare, "train": train, "recipes": recipes}
+    commands = {"compare": compare, "train": train, "inspect": inspect, "recipes": recipes}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="moestro", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)

@@ -1,16 +1,21 @@
 """What the routing of a layer looks like, in numbers: sums over tokens that can be added up, and figures made of them.
 
-`RoutingSums` of two batches (or two ranks) add; `RoutingFigures` are computed once at the end. Definitions:
+`RoutingSums` of two batches (micro-batches, ranks) add; `RoutingFigures` are computed once at the end. Definitions:
 docs/papers.md.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moestro.routing import LayerRecord, choices_per_group
+from moestro.losses import gram, slot_scores
+from moestro.losses.inner_products import correlation, off_diagonal
+from moestro.routing import Batch, LayerRecord, choices_per_group, chosen
+
+NEIGHBOURS = 10
+"""K of the overlap; where there are fewer other points, all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,11 +25,27 @@ class RoutingSums:
     choices: Float[Tensor, "domains experts"]
     """Edges from each domain's tokens to each expert (one domain where none are known)."""
     score: Float[Tensor, " experts"]
+    slot_score: Float[Tensor, " experts"]
+    """s: a token's scores after top-k, of sum 1."""
+    slot_score_square: Float[Tensor, ""]
+    """||s||^2."""
     entropy: Float[Tensor, ""]
     confidence: Float[Tensor, ""]
     tokens: Float[Tensor, ""]
     batch_max_vio: Float[Tensor, ""]
     batches: Float[Tensor, ""]
+    sequences: Float[Tensor, ""]
+    """Those that hold a valid token. A sequence must not be cut between batches."""
+    sequence_entropy: Float[Tensor, ""]
+    """Entropy of each sequence's load times its edges."""
+    pairs: Float[Tensor, ""]
+    """Pairs of outputs that cosines were taken of; 0 where no sample was looked at. Ordered: (j, k) and (k, j)."""
+    cosine: Float[Tensor, ""]
+    cosine_square: Float[Tensor, ""]
+    points: Float[Tensor, ""]
+    """Tokens whose neighbours were looked at."""
+    overlap: Float[Tensor, ""]
+    overlap_shuffled: Float[Tensor, ""]
 
     def __add__(self, other: "RoutingSums") -> "RoutingSums":
         return RoutingSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -32,16 +53,20 @@ class RoutingSums:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutingFigures:
-    """One layer's routing, summed up."""
+    """One layer's routing, summed up. Information is in nats, and that of labels per choice: k of them per token.
+
+    What is called `shuffled` is the expected value of the figure before it if labels were dealt to tokens at random: few
+    tokens look specialised by chance. What is left above it is evidence.
+    """
 
     load: list[float]
     """Share of choices per expert; sums to 1."""
     domain_load: list[list[float]]
     """The same within each domain; all zero for a domain without tokens."""
     max_vio_batch: float
-    """Mean over batches of (largest load - mean load) / mean load."""
+    """Mean over batches, as they ran, of (largest load - mean load) / mean load."""
     max_vio_data: float
-    """The same for the load over all batches together."""
+    """The same for the load over all batches together: it does not depend on how they were cut."""
     dead_experts: int
     """Experts that nobody chose."""
     entropy: float
@@ -51,30 +76,176 @@ class RoutingFigures:
     mutual_information: float
     """Between token and expert, in nats: entropy of the mean scores minus mean entropy of the scores."""
     domain_mutual_information: float
-    """Between domain and expert, in nats, from the counts of choices (biased upwards where tokens are few)."""
+    """Between domain and expert, in nats, from the counts of choices."""
+    domain_mutual_information_shuffled: float
+    sequence_mutual_information: float
+    """Between sequence and expert, in nats, from the counts of choices over all sequences."""
+    sequence_mutual_information_shuffled: float
+    score_square: float
+    """E||s||^2, how decided tokens are: 1 when one-hot, 1 / k when a token's experts share alike."""
+    mean_score_square: float
+    """||E s||^2, how imbalanced experts are: 1 / num_experts when balanced, 1 when all tokens go to one."""
+    column_variance: float
+    """Their difference: the variance of s over tokens, summed over experts. 0 when collapsed."""
+    cosine: float | None = None
+    """Mean cosine of the outputs of two experts of one token; None where no outputs were looked at."""
+    cosine_square: float | None = None
+    """Mean square of that cosine: about 1 / hidden size for random directions."""
+    overlap: float | None = None
+    """Mean share of a token's `NEIGHBOURS` nearest tokens, by the layer's input, whose first expert is another."""
+    overlap_shuffled: float | None = None
+
+    @property
+    def domain_mutual_information_excess(self) -> float:
+        """What the domain tells of the expert, above chance."""
+        return self.domain_mutual_information - self.domain_mutual_information_shuffled
+
+    @property
+    def sequence_mutual_information_excess(self) -> float:
+        """What the sequence tells of the expert, above chance."""
+        return self.sequence_mutual_information - self.sequence_mutual_information_shuffled
 
 
 @torch.no_grad()
-def routing_sums(record: LayerRecord, num_domains: int = 1) -> RoutingSums:
-    """The sums of one layer in one batch. Tokens whose domain is unknown count as the first."""
-    batch, routing, num_experts = record.batch, record.routing, record.layer.num_experts
-    domain = torch.zeros_like(batch.sequence) if batch.domain is None else batch.domain
-    edges = choices_per_group(routing, batch, domain, num_domains, num_experts).double()
-    scores = routing.scores
-    if scores is None:
-        scores = torch.zeros(len(domain), num_experts, device=domain.device).scatter(1, routing.expert, 1.0)
-        scores = scores / scores.sum(-1, keepdim=True)
+def routing_sums(record: LayerRecord, num_domains: int = 1, sample: LayerRecord | None = None) -> RoutingSums:
+    """The sums of one layer in one batch. Tokens whose domain is unknown count as the first.
+
+    `sample`: some of its tokens, with outputs where those are known. Overlap and cosines are taken of it: overlap
+    costs the square of its tokens. Without a sample nothing here waits for the device.
+    """
+    record = with_scores(record)
+    batch, scores = record.batch, record.routing.scores
+    assert scores is not None
+    load_of_sequence = choices_per_group(
+        record.routing, batch, batch.sequence, batch.num_sequences, record.layer.num_experts
+    ).double()
+    load = load_of_sequence.sum(0)
     if batch.valid is not None:  # what stands at padding may be anything, NaN included
         scores = scores.masked_fill(~batch.valid[:, None], 0.0)
-    tokens = torch.tensor(float(len(domain))) if batch.valid is None else batch.valid.sum()
+    one = torch.ones_like(load[0])
     return RoutingSums(
-        choices=edges,
+        choices=choices_of_domains(record, num_domains, load),
         score=scores.sum(0, dtype=torch.float64),
+        **slot_score_sums(record),
         entropy=torch.special.entr(scores).sum(dtype=torch.float64),
         confidence=scores.amax(-1).sum(dtype=torch.float64),
-        tokens=tokens.to(edges),
-        batch_max_vio=max_violation(edges.sum(0)),
-        batches=torch.ones_like(edges[0, 0]),
+        tokens=one * len(scores) if batch.valid is None else batch.valid.sum(dtype=torch.float64),
+        batch_max_vio=max_violation(load),
+        batches=one,
+        sequences=(load_of_sequence.sum(-1) > 0).sum(dtype=torch.float64),
+        sequence_entropy=total_entropy(load_of_sequence),
+        **cosine_sums(sample, one),
+        **overlap_sums(sample, one),
+    )
+
+
+def no_sums(num_domains: int, num_experts: int, device: torch.device) -> RoutingSums:
+    """The sums of a layer that saw no token."""
+    shapes = {"choices": (num_domains, num_experts), "score": (num_experts,), "slot_score": (num_experts,)}
+    return RoutingSums(
+        **{f.name: torch.zeros(shapes.get(f.name, ()), dtype=torch.float64, device=device) for f in fields(RoutingSums)}
+    )
+
+
+def with_scores(record: LayerRecord) -> LayerRecord:
+    """The record, where nothing is learned with equal scores for a token's experts."""
+    routing = record.routing
+    if routing.scores is not None:
+        return record
+    used = torch.ones_like(routing.expert, dtype=torch.float32) if routing.edge is None else routing.edge.float()
+    scores = torch.zeros(len(used), record.layer.num_experts, device=used.device).scatter_add(1, routing.expert, used)
+    return replace(record, routing=replace(routing, scores=normalised(scores)))
+
+
+def choices_of_domains(
+    record: LayerRecord, num_domains: int, load: Float[Tensor, " experts"]
+) -> Float[Tensor, "domains experts"]:
+    """Edges of each domain's tokens, given those of all tokens."""
+    if record.batch.domain is None:
+        others = load.new_zeros(num_domains - 1, len(load))
+        return torch.cat([load[None], others])
+    return choices_per_group(record.routing, record.batch, record.batch.domain, num_domains, len(load)).double()
+
+
+def slot_score_sums(record: LayerRecord) -> dict[str, Tensor]:
+    """Sums of s and of its squared length."""
+    share = slot_scores(record).double()
+    expert = record.routing.expert.flatten()
+    total = share.new_zeros(record.layer.num_experts).index_add_(0, expert, share.flatten())
+    return {"slot_score": total, "slot_score_square": share.square().sum()}
+
+
+def total_entropy(count: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
+    """Sum over rows of the row's count times its entropy in nats: it adds up over batches."""
+    total = count.sum(-1)
+    return torch.xlogy(total, total).sum() - torch.xlogy(count, count).sum()
+
+
+def cosine_sums(sample: LayerRecord | None, one: Float[Tensor, ""]) -> dict[str, Tensor]:
+    """Sums of the cosine of two experts' outputs, over the ordered pairs of each token's edges; 0 for a zero vector."""
+    if sample is None or sample.outputs is None:
+        return {"pairs": one * 0, "cosine": one * 0, "cosine_square": one * 0}
+    used = chosen(sample.routing, sample.batch) > 0
+    cosine = off_diagonal(correlation(gram(sample.outputs, used)))
+    edges = used.sum(-1, dtype=torch.float64)
+    return {
+        "pairs": (edges * (edges - 1)).sum(),
+        "cosine": cosine.sum(dtype=torch.float64),
+        "cosine_square": cosine.square().sum(dtype=torch.float64),
+    }
+
+
+def overlap_sums(sample: LayerRecord | None, one: Float[Tensor, ""]) -> dict[str, Tensor]:
+    """Sums over tokens of the share of nearest neighbours with another first expert, now and with labels shuffled."""
+    nothing = {"points": one * 0, "overlap": one * 0, "overlap_shuffled": one * 0}
+    if sample is None:
+        return nothing
+    used = chosen(sample.routing, sample.batch) > 0
+    keep = used.any(-1)
+    point = sample.hidden[keep].float()
+    if len(point) < 2:
+        return nothing
+    label = sample.routing.expert.gather(1, first_slot(sample, used))[keep, 0]
+    count = torch.bincount(label, minlength=sample.layer.num_experts).double()
+    same = (count * (count - 1)).sum() / (len(point) - 1)  # expected neighbours with the same label, over all points
+    return {
+        "points": one * len(point),
+        "overlap": foreign_neighbours(point, label).sum(dtype=torch.float64),
+        "overlap_shuffled": len(point) - same,
+    }
+
+
+def first_slot(record: LayerRecord, used: Bool[Tensor, "tokens k"]) -> Int[Tensor, "tokens 1"]:
+    """The edge of largest weight: not every router puts it first."""
+    return record.routing.weight.float().masked_fill(~used, float("-inf")).argmax(-1, keepdim=True)
+
+
+def foreign_neighbours(point: Float[Tensor, "points dim"], label: Int[Tensor, " points"]) -> Float[Tensor, " points"]:
+    """Each point's share of its `NEIGHBOURS` nearest others (Euclidean) that carry another label."""
+    with torch.autocast(point.device.type, enabled=False):
+        # cdist takes differences of squared lengths: around the mean these are small, and little is cancelled.
+        centred = point - point.mean(0)
+        distance = torch.cdist(centred, centred)
+    distance.fill_diagonal_(float("inf"))
+    nearest = distance.topk(min(NEIGHBOURS, len(point) - 1), largest=False).indices
+    return (label[nearest] != label[:, None]).double().mean(-1)
+
+
+def subset(record: LayerRecord, token: Int[Tensor, " some"]) -> LayerRecord:
+    """The record of some of its tokens, all of which must be valid."""
+    routing, batch = record.routing, record.batch
+    of_some = replace(
+        routing,
+        **{f.name: value[token] for f in fields(routing) if (value := getattr(routing, f.name)) is not None},
+    )
+    return replace(
+        record,
+        batch=Batch(sequence=batch.sequence[token], num_sequences=batch.num_sequences),
+        hidden=record.hidden[token],
+        proposed=of_some,
+        routing=of_some,
+        outputs=None if record.outputs is None else record.outputs[token],
+        competition=None,
     )
 
 
@@ -92,6 +263,9 @@ def routing_figures(sums: RoutingSums) -> RoutingFigures:
     load = sums.choices.sum(0)
     tokens = sums.tokens.clamp_min(1)
     mean_entropy = sums.entropy / tokens
+    score_square = sums.slot_score_square / tokens
+    mean_score_square = (sums.slot_score / tokens).square().sum()
+    in_sequence = sums.sequence_entropy / load.sum().clamp_min(1)
     return RoutingFigures(
         load=normalised(load).tolist(),
         domain_load=normalised(sums.choices).tolist(),
@@ -102,7 +276,21 @@ def routing_figures(sums: RoutingSums) -> RoutingFigures:
         confidence=float(sums.confidence / tokens),
         mutual_information=float(torch.special.entr(sums.score / tokens).sum() - mean_entropy),
         domain_mutual_information=float(mutual_information(sums.choices)),
+        domain_mutual_information_shuffled=float(shuffled_domains(sums)),
+        sequence_mutual_information=float(torch.special.entr(normalised(load)).sum() - in_sequence),
+        sequence_mutual_information_shuffled=float(shuffled_sequences(sums)),
+        score_square=float(score_square),
+        mean_score_square=float(mean_score_square),
+        column_variance=float(score_square - mean_score_square),
+        cosine=_mean(sums.cosine, sums.pairs),
+        cosine_square=_mean(sums.cosine_square, sums.pairs),
+        overlap=_mean(sums.overlap, sums.points),
+        overlap_shuffled=_mean(sums.overlap_shuffled, sums.points),
     )
+
+
+def _mean(total: Float[Tensor, ""], count: Float[Tensor, ""]) -> float | None:
+    return float(total / count) if count > 0 else None
 
 
 def normalised(count: Float[Tensor, "*rows experts"]) -> Float[Tensor, "*rows experts"]:
@@ -115,3 +303,69 @@ def mutual_information(count: Float[Tensor, "rows columns"]) -> Float[Tensor, ""
     joint = count / count.sum().clamp_min(1)
     entropy = torch.special.entr
     return entropy(joint.sum(0)).sum() + entropy(joint.sum(1)).sum() - entropy(joint).sum()
+
+
+def shuffled_domains(sums: RoutingSums) -> Float[Tensor, ""]:
+    """Expected mutual information of domain and expert if the tokens' domains were shuffled."""
+    edges_per_token = sums.choices.sum() / sums.tokens.clamp_min(1)
+    tokens = (sums.choices.sum(1) / edges_per_token.clamp_min(1e-12)).round()
+    return expected_mutual_information(tokens, torch.ones_like(tokens), sums.choices.sum(0))
+
+
+def shuffled_sequences(sums: RoutingSums) -> Float[Tensor, ""]:
+    """Expected mutual information of sequence and expert if tokens were shuffled between sequences.
+
+    Lengths of sequences are not kept: they count as equal, which matters little as long as each is expected to choose
+    an expert more than once or twice.
+    """
+    sequences = sums.sequences.clamp_min(1)
+    shorter = (sums.tokens / sequences).floor()
+    longer = sums.tokens - shorter * sequences  # so many sequences have a token more than the others
+    tokens, times = torch.stack([shorter, shorter + 1]), torch.stack([sequences - longer, longer])
+    return expected_mutual_information(tokens, times, sums.choices.sum(0))
+
+
+EXACT_BELOW, TERMS = 50.0, 160
+"""Cells with smaller expected counts are summed exactly, term by term: 160 is 15 standard deviations above 50."""
+
+
+def expected_mutual_information(
+    tokens: Float[Tensor, " labels"], times: Float[Tensor, " labels"], chosen_by: Float[Tensor, " experts"]
+) -> Float[Tensor, ""]:
+    """Mutual information of label and expert, in nats per choice, expected over all ways to deal labels to tokens.
+
+    `times` labels have `tokens` tokens each; `chosen_by` tokens chose each expert (each of them once). A token's
+    choices stay together, so the tokens of one label that chose an expert are n ~ hypergeometric, m its mean, and the
+    expectation is sum over labels and experts of E[n log(n / m)] / choices. With one choice per token it is the
+    "expected mutual information" of the adjusted mutual information score. From `EXACT_BELOW` on E[n log(n / m)] is
+    variance / 2m, within 0.4 %.
+    """
+    everything, choices = (tokens * times).sum(), chosen_by.sum()
+    if everything < 2 or choices == 0:
+        return torch.zeros_like(choices)
+    draws, hits = torch.broadcast_tensors(tokens[:, None], chosen_by.clamp_max(everything)[None])
+    mean = (draws * hits / everything).clamp_min(1e-300)
+    value = (1 - hits / everything) * (everything - draws) / (everything - 1) / 2
+    small = mean < EXACT_BELOW
+    value = value.masked_scatter(small, _exactly(draws[small], hits[small], everything, mean[small]))
+    return (times[:, None] * value).sum() / choices
+
+
+def _exactly(
+    draws: Float[Tensor, " cells"],
+    hits: Float[Tensor, " cells"],
+    everything: Float[Tensor, ""],
+    mean: Float[Tensor, " cells"],
+) -> Float[Tensor, " cells"]:
+    """E[n log(n / mean)] where n of `draws` tokens are among the `hits` of `everything`."""
+    draws, hits, mean = draws[:, None], hits[:, None], mean[:, None]
+    n = torch.arange(TERMS + 1, dtype=mean.dtype, device=mean.device)
+    possible = (n <= hits) & (n <= draws) & (draws - n <= everything - hits)
+    log_p = _log_choose(hits, n) + _log_choose(everything - hits, draws - n) - _log_choose(everything, draws)
+    p = log_p.masked_fill(~possible, float("-inf")).exp()
+    return (p * torch.xlogy(n, n / mean)).sum(-1)
+
+
+def _log_choose(n: Float[Tensor, "..."], k: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Log of n over k; anything where that is impossible."""
+    return torch.lgamma(n + 1) - torch.lgamma(k.clamp_min(0) + 1) - torch.lgamma((n - k).clamp_min(0) + 1)

@@ -60,11 +60,21 @@ class RouterRule:
 
 
 def simplex(logits: Float[Tensor, "tokens experts"], scores: str) -> Float[Tensor, "tokens experts"]:
-    """The router's preferences as probabilities, fp32: softmax, or sigmoids divided by their sum."""
+    """The router's preferences as probabilities, fp32: softmax, or what scores experts singly divided by its sum.
+
+    "probabilities" are that already; they are divided by their sum too, for routers that return only some of them.
+    """
     if scores == "softmax":
         return torch.softmax(logits.float(), dim=-1)
-    affinity = logits.float().sigmoid()
+    affinity = AFFINITIES[scores](logits.float())
     return affinity / (affinity.sum(-1, keepdim=True) + EPS)
+
+
+AFFINITIES = {
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda logits: (torch.nn.functional.softplus(logits) + EPS).sqrt(),
+    "probabilities": lambda probabilities: probabilities,
+}
 
 
 def route(

@@ -7,6 +7,7 @@ positions of a batch in row order, `k` the slots of one token.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -38,8 +39,9 @@ class Batch:
     """What one forward pass knows about its tokens; None is unknown."""
 
     sequence: Int[Tensor, " tokens"]
-    """Index of the sequence (the packed row) that each token belongs to, 0 to num_sequences - 1."""
+    """Index of the sequence that each token belongs to, below `num_sequences`."""
     num_sequences: int
+    """An upper bound where sequences are told apart by their positions: counting them would wait for the device."""
     valid: Bool[Tensor, " tokens"] | None = None
     """False at padding; None means that every token is valid."""
     label: Bool[Tensor, " tokens"] | None = None
@@ -52,17 +54,29 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoELayer:
-    """A handle on one MoE layer, for losses on its weights and for bias updates."""
+    """A handle on one MoE layer: how to read its router, and where its router weight and selection bias live.
+
+    `moestro.adapters.moe_layers` makes these for the models of transformers; for any other model make them yourself.
+    Places are (module, attribute) and not tensors: moving a model to a device, or sharding it, replaces its tensors.
+    """
 
     name: str
-    block: int
-    """Index of the decoder block it belongs to: losses sum over the sub-layers of a block, and average blocks."""
+    block: str
+    """Name of the decoder block it belongs to: losses sum over the sub-layers of a block, and average blocks."""
     router: nn.Module
     experts: nn.Module
     num_experts: int
     top_k: int
+    scores: Literal["softmax", "sigmoid", "sqrtsoftplus", "probabilities"] | None = "softmax"
+    """What makes preferences of what the router returns; "probabilities" are returned as such, and None means that
+    the router's choice is not learned (hash)."""
+    weight_at: tuple[nn.Module, str] | None = None
     bias_at: tuple[nn.Module, str] | None = None
-    """Module and name of the selection bias. Not the tensor itself: moving a model to a device replaces its buffers."""
+
+    @property
+    def router_weight(self) -> Float[Tensor, "experts dim"] | None:
+        """The matrix that makes logits of tokens; None where the router is more than a matrix."""
+        return None if self.weight_at is None else getattr(*self.weight_at)
 
     @property
     def selection_bias(self) -> Tensor | None:

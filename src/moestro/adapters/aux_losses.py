@@ -2,211 +2,263 @@
 
 Each sequence contributes the mean of a loss over its valid tokens, times (its label tokens / label tokens of the whole
 batch). Summed over micro-batches, accumulation steps and ranks that is one fixed number, whatever the cut. The
-batch-coupled balance keeps this with the load of the previous optimiser step (`lagged`). transformers' own auxiliary
-loss has none of it: it is added whole to every micro-batch and multiplied by the number of ranks.
+batch-coupled balance and variance keep this with the statistic of the previous optimiser step (`lagged`).
+transformers' own auxiliary loss has none of it: it is added whole to every micro-batch and multiplied by the number of
+ranks.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from moestro.adapters.layers import moe_layers
-from moestro.adapters.observe import observe
-from moestro.balance import next_bias
-from moestro.errors import Misuse
-from moestro.losses import PerSequence, balance_against, balance_per_sequence, load_share, router_z
-from moestro.routing import LayerRecord, MoELayer, choices
+from moestro.adapters.applicability import LOSSES, applicable, lora_target, trainable
+from moestro.adapters.batch import share_of_sequences
+from moestro.adapters.layer_losses import LayerLosses
+from moestro.adapters.layers import inner_model, moe_layers
+from moestro.adapters.native import native_balance_off
+from moestro.adapters.watch import Listener, Pass, Watch, watch
+from moestro.errors import Misuse, TrainingFailed
+from moestro.losses import OrthogonalityForm, VarianceForm
+from moestro.routing import MoELayer
+
+logger = logging.getLogger(__name__)
+
+Over = Literal["sequence", "batch", "lagged"]
+"""Which tokens a statistic is taken over: each sequence's own; the micro-batch's (over all ranks; with accumulation the
+gradient depends on the cut); or the previous optimiser step's, which is exact under any cut and uniform at first."""
+
+
+@dataclass
+class TrainerBatch:
+    """What a trainer knows of the whole batch and its model is not told."""
+
+    items: Tensor | int | None = None
+    """Label tokens over all micro-batches and ranks; None where sequences count alike and micro-batches are averaged
+    (DPO, GRPO)."""
 
 
 @dataclass(kw_only=True)
 class AuxLosses:
-    """Auxiliary losses to attach to a model or a trainer.
+    """Auxiliary losses to attach to any MoE model of transformers, or to the trainer of one.
 
     The total added to the loss is sum over losses of weight * (mean over MoE blocks of the sum over their sub-layers).
     For a hand-written loop `with aux.attach(model):` adds it to the loss that the model returns; pass the model
     `num_items_in_batch` (label tokens of the whole batch) when accumulating, and call `aux.step()` after each
-    optimiser step. `with aux.attach(trainer):` does both by itself.
+    optimiser step. `with aux.attach(trainer):` does both by itself, and saves and resumes the state with the run.
+    A loss of weight 0 is not computed.
     """
 
     balance: float = 0.0
-    balance_over: Literal["sequence", "batch", "lagged"] = "sequence"
-    """Which tokens' load is balanced: each sequence's own; the micro-batch's (over all ranks; with accumulation its
-    gradient depends on the cut); or the previous optimiser step's, which is exact under any cut and uniform at first.
-    """
+    balance_over: Over = "sequence"
+    orthogonality: float = 0.0
+    orthogonality_form: OrthogonalityForm = "projection"
+    variance: float = 0.0
+    variance_over: Over = "lagged"
+    variance_form: VarianceForm = "column"
+    variance_cap: float | None = None
+    """Tokens whose scores are at least this squared distance from the mean are decided enough (at most 1)."""
     router_z: float = 0.0
+    router_orthogonality: float = 0.0
+    simbal: float = 0.0
     bias_rate: float = 0.0
     """Loss-free balance: how far selection biases move per optimiser step; 0 leaves them."""
+    scaling: Literal["weight", "relative"] = "weight"
+    """relative: every loss is brought to the size that balance has in the first optimiser step, per layer, and then
+    weighted. In that step itself only balance acts: its sizes are known at its end, whatever the cut of the batch."""
+    warmup_steps: int = 0
+    """Optimiser steps over which orthogonality and variance rise linearly to their weight."""
+    mask_prompt: bool = False
+    """Look only at tokens that predict a label; otherwise at all that are not padding."""
 
-    _layers: list[MoELayer] = field(default_factory=list, init=False, repr=False)
-    _blocks: int = field(default=1, init=False, repr=False)
-    _share: Tensor | None = field(default=None, init=False, repr=False)
-    _items: Any = field(default=None, init=False, repr=False)
-    _terms: list[dict[str, Tensor]] = field(default_factory=list, init=False, repr=False)
-    _load: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _lagged: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    steps: int = field(default=0, init=False)
+    """Optimiser steps so far."""
     last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Unweighted value of each loss in the latest micro-batch, detached (as much of it as that micro-batch is)."""
+    firings: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    """How often each layer ran in the latest pass with gradients."""
+    _layers: list[LayerLosses] = field(default_factory=list, init=False, repr=False)
+    _blocks: int = field(default=1, init=False, repr=False)
+    _passes: list[list[dict[str, Tensor]]] = field(default_factory=list, init=False, repr=False)
+    _watch: Watch | None = field(default=None, init=False, repr=False)
+    _trainer: "TrainerBatch | None" = field(default=None, init=False, repr=False)
+    _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("balance", "router_z", "bias_rate"):
+        for name in (*LOSSES, "bias_rate", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise Misuse(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.balance_over not in ("sequence", "batch", "lagged"):
-            raise Misuse(f"balance_over must be sequence, batch or lagged, got {self.balance_over!r}")
+        for name, choice in (
+            ("balance_over", Over),
+            ("variance_over", Over),
+            ("orthogonality_form", OrthogonalityForm),
+            ("variance_form", VarianceForm),
+            ("scaling", Literal["weight", "relative"]),
+        ):
+            if getattr(self, name) not in get_args(choice):
+                raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
+        if self.variance_cap is not None and not self.variance_cap > 0:
+            raise Misuse(f"variance_cap must be above 0, got {self.variance_cap}")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each loss that is in use, at this step."""
+        ramp = min(1.0, (self.steps + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        late = ("orthogonality", "variance")
+        return {name: getattr(self, name) * (ramp if name in late else 1.0) for name in LOSSES if getattr(self, name)}
 
     @contextmanager
-    def attach(self, target: nn.Module | Trainer) -> Iterator["AuxLosses"]:
-        """Add the losses to what `target` (a model, or the trainer of one) minimises, until the context ends."""
+    def attach(
+        self, target: nn.Module | Trainer, *, layers: Sequence[MoELayer] | None = None, add_to_loss: bool = True
+    ) -> Iterator["AuxLosses"]:
+        """Add the losses to what `target` (a model, or the trainer of one) minimises, until the context ends.
+
+        `layers` describes a model that `moestro.adapters.moe_layers` does not know. A loop that computes its own loss
+        sets `add_to_loss` to False and adds `aux.total()` after each forward pass. The model, its configuration and its
+        checkpoints are afterwards as they were, but for what training changed.
+        """
+        if isinstance(target, Trainer):
+            from moestro.adapters.trainers import to_trainer
+
+            with to_trainer(self, target, layers):
+                yield self
+        else:
+            with self.to_model(target, layers, add_to_loss=add_to_loss):
+                yield self
+
+    @contextmanager
+    def to_model(
+        self,
+        model: nn.Module,
+        layers: Sequence[MoELayer] | None = None,
+        *,
+        trainer: "TrainerBatch | None" = None,
+        add_to_loss: bool = True,
+    ) -> Iterator[Watch]:
+        """Watch the model, and add the total to the loss that it returns unless a `trainer` does that."""
         if self._layers:
             raise Misuse("these AuxLosses are attached already: detach them first, or make a second AuxLosses")
-        attached = self._to_trainer(target) if isinstance(target, Trainer) else self._to_model(target)
-        with attached:
-            try:
-                yield self
-            finally:
-                self._layers = []
+        model = inner_model(model)
+        handles = list(layers) if layers is not None else moe_layers(model)
+        self._refuse_what_cannot_work(model, handles)
+        self._blocks = len({layer.block for layer in handles})
+        self._layers = [LayerLosses(self, layer) for layer in handles]
+        if self._restored:
+            self.load_state_dict(self._restored)
+        by_name = {state.layer.name: state for state in self._layers}
+        listener = Listener(
+            on_layer=lambda layer: by_name[layer.name].consume,
+            on_begin=self._begin,
+            on_end=self._end_with_loss if add_to_loss and trainer is None else self._end,
+            wants_outputs=lambda current: current.training and self.orthogonality > 0,
+            adds_losses=True,
+        )
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            if self.balance:
+                stack.enter_context(native_balance_off(model))
+            watching = stack.enter_context(watch(model, listener, handles))
+            for state in self._layers:
+                state.watch = watching
+            self._watch, self._trainer = watching, trainer
+            yield watching
+
+    def _refuse_what_cannot_work(self, model: nn.Module, layers: Sequence[MoELayer]) -> None:
+        wanted = [*self.weights, *(["bias_rate"] if self.bias_rate else [])]
+        for loss, names in applicable(wanted, layers).items():
+            logger.warning("%s is without effect at %d of %d layers: %s", loss, len(names), len(layers), names[0])
+        frozen = [layer for layer in layers if self.variance and not trainable(layer, model)]
+        if frozen:
+            target = lora_target(frozen[0], model)
+            how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
+            raise Misuse(f"variance moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
+
+    def _begin(self, current: Pass, inputs: dict[str, Any]) -> None:
+        if not current.training:
+            return
+        if self.balance and inputs.get("output_router_logits"):
+            raise Misuse(
+                "with output_router_logits=True the model adds a balance loss of its own to ours: leave it out, or set "
+                "balance to 0"
+            )
+        items = inputs.get("num_items_in_batch")
+        if self._trainer is not None:
+            items = self._trainer.items
+        elif inputs.get("fused_lm_head"):  # only TRL's trainers ask for it
+            raise Misuse("attach to the trainer and not to its model: TRL ignores the loss that a model returns")
+        by_label = self._trainer is None or items is not None
+        current.share = share_of_sequences(current.batch, items, by_label=by_label)
+        for state in self._layers:
+            state.terms = {}
+
+    def _end(self, current: Pass, output: Any) -> None:
+        if current.training:
+            assert self._watch is not None
+            self.firings = {tap.layer.name: tap.firings for tap in self._watch.taps}
+            self._passes.append([state.terms for state in self._layers])
+
+    def _end_with_loss(self, current: Pass, output: Any) -> Any:
+        self._end(current, output)
+        if (total := self.total()) is None:
+            return None
+        if getattr(output, "loss", None) is None:
+            raise Misuse("AuxLosses need a loss to add to: pass labels, and do not pass return_dict=False")
+        output.loss = output.loss + total
+        return output
 
     def total(self) -> Tensor | None:
-        """The weighted sum of the latest pass, with its graph; None where no layer reported."""
-        if not self._terms:
+        """The weighted sum of the passes since the last call, with its graph; None where there was none."""
+        passes, self._passes = self._passes, []
+        if not passes or not self.weights:
             return None
-        weights = {"balance": self.balance, "router_z": self.router_z}
-        sums = {name: sum(term[name] for term in self._terms) / self._blocks for name in self._terms[0]}
-        self._terms = []
-        self.last = {name: value.detach() for name, value in sums.items()}  # type: ignore[union-attr]
-        return sum(weights[name] * value for name, value in sums.items())  # type: ignore[return-value]
+        total = torch.stack([self._weighted(terms) for terms in passes]).sum()
+        # Where sequences count alike, several passes in one go are the parts of one batch.
+        alike = self._trainer is not None and self._trainer.items is None
+        return total / len(passes) if alike else total
 
-    @torch.no_grad()
+    def _weighted(self, terms: list[dict[str, Tensor]]) -> Tensor:
+        """One pass's total; checked once for all layers, because every look at a value waits for the device."""
+        weights, self.last, parts = self.weights, {}, []
+        for name, weight in weights.items():
+            mine = [(state, term[name]) for state, term in zip(self._layers, terms, strict=True) if name in term]
+            values = torch.stack([value.to(mine[0][1].device) for _, value in mine])
+            scales = [state.scale(state.names.index(name)) for state, _ in mine]
+            self.last[name] = values.detach().sum() / self._blocks
+            scaled = [value * scale for value, scale in zip(values.unbind(), scales, strict=True)]
+            parts.append(weight * sum(scaled[1:], scaled[0]) / self._blocks)
+        total = torch.stack(parts).sum()
+        if not torch.compiler.is_compiling() and not bool(total.detach().isfinite()):
+            raise TrainingFailed(self._what_broke(terms))
+        return total
+
+    def _what_broke(self, terms: list[dict[str, Tensor]]) -> str:
+        for state, term in zip(self._layers, terms, strict=True):
+            for name, value in term.items():
+                if not bool(value.isfinite()):
+                    return f"{name} is {value.item()} at {state.layer.name}: the model's activations overflow there"
+        return "the sum of the auxiliary losses is not finite"
+
     def step(self) -> None:
-        """Call after each optimiser step: the step's load becomes the lagged one, and selection biases move."""
-        for layer in self._layers:
-            if (load := self._load.pop(layer.name, None)) is None:
-                continue
-            if dist.is_initialized():
-                dist.all_reduce(load)
-            self._lagged[layer.name] = load / load.sum().clamp_min(1)
-            if self.bias_rate and layer.selection_bias is not None:
-                layer.selection_bias.copy_(next_bias(layer.selection_bias, load, self.bias_rate))
+        """Call after each optimiser step: its statistics become the lagged ones, and selection biases move."""
+        for state in self._layers:
+            state.step()
+        self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs: the lagged loads (selection biases are buffers of the model)."""
-        return {"lagged": {name: load.cpu() for name, load in self._lagged.items()}}
+        """What a resumed run needs, as plain numbers (selection biases are part of the model)."""
+        return {"steps": self.steps, "layers": {state.layer.name: state.state() for state in self._layers}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self._lagged = dict(state["lagged"])
+        """Restore `state_dict`, before or after attaching."""
+        self._restored, self.steps = state, state["steps"]
+        for layer in self._layers:
+            layer.load_state(state["layers"].get(layer.layer.name, {}))
 
-    @contextmanager
-    def _to_model(self, model: nn.Module, *, into_loss: bool = True) -> Iterator[None]:
-        self._layers = moe_layers(model)
-        self._blocks = len({layer.block for layer in self._layers})
-        if self.bias_rate and not any(layer.selection_bias is not None for layer in self._layers):
-            raise Misuse("bias_rate needs routers with a selection bias, and this model has none: set bias_rate to 0")
-
-        def begin(inputs: dict[str, Any]) -> None:
-            self._terms = []
-            active = model.training and torch.is_grad_enabled()
-            items = inputs.get("num_items_in_batch") if self._items is None else self._items
-            self._share = share_of_sequences(inputs, items) if active else None
-
-        def end(output: Any) -> Any:
-            if self._share is None or not into_loss or (total := self.total()) is None:
-                return None
-            if not hasattr(output, "loss") or output.loss is None:
-                raise Misuse("AuxLosses need a loss to add to: pass labels, and do not pass return_dict=False")
-            output.loss = output.loss + total
-            return output
-
-        with observe(model, self._consume, on_begin=begin, on_end=end):
-            yield
-
-    @contextmanager
-    def _to_trainer(self, trainer: Trainer) -> Iterator[None]:
-        assert trainer.model is not None
-        original = trainer.compute_loss
-
-        def compute_loss(
-            model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            self._items = num_items_in_batch  # TRL does not hand it on to the model
-            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-            if (total := self.total()) is None:
-                return result
-            if num_items_in_batch is not None and trainer.args.average_tokens_across_devices:
-                # The Trainer multiplies its loss by the number of ranks, because gradients are averaged over them.
-                total = total * (trainer.accelerator.num_processes // trainer.get_tp_size())
-            if isinstance(result, tuple):
-                return result[0] + total, result[1]
-            return result + total
-
-        step = StepCallback(self)
-        with self._to_model(trainer.accelerator.unwrap_model(trainer.model), into_loss=False):
-            trainer.compute_loss = compute_loss  # type: ignore[method-assign]
-            trainer.add_callback(step)
-            try:
-                yield
-            finally:
-                del trainer.compute_loss
-                trainer.remove_callback(step)
-
-    def _consume(self, record: LayerRecord) -> None:
-        if self._share is None:
-            return
-        if not record.recomputed:
-            load = choices(record.routing, record.batch, record.layer.num_experts).detach()
-            name = record.layer.name
-            self._load[name] = self._load[name] + load if name in self._load else load
-        terms: dict[str, Tensor] = {}
-        if self.balance:
-            terms["balance"] = self._weigh(self._balance(record))
-        if self.router_z:
-            terms["router_z"] = self._weigh(router_z(record))
-        if terms and not record.recomputed:
-            self._terms.append(terms)
-
-    def _balance(self, record: LayerRecord) -> PerSequence:
-        if self.balance_over == "sequence":
-            return balance_per_sequence(record)
-        if self.balance_over == "lagged":
-            uniform = torch.full((record.layer.num_experts,), 1 / record.layer.num_experts)
-            load = self._lagged.get(record.layer.name, uniform)
-            return balance_against(record, load.to(record.hidden.device))
-        load = load_share(record).detach()
-        if dist.is_initialized():
-            dist.all_reduce(load)
-        return balance_against(record, load / load.sum())
-
-    def _weigh(self, loss: PerSequence) -> Tensor:
-        assert self._share is not None
-        return (loss.sum / loss.count.clamp_min(1) * self._share.to(loss.sum)).sum()
-
-
-def share_of_sequences(inputs: dict[str, Any], items: Tensor | int | None) -> Tensor:
-    """Each sequence's share of the whole batch: its label tokens / `items`, the whole batch's (None: this one's).
-
-    Without labels every sequence counts the same.
-    """
-    labels = inputs.get("labels")
-    if labels is None:
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        return torch.full((len(tokens),), 1 / len(tokens), device=tokens.device)
-    own = (labels[:, 1:] != -100).sum(-1)
-    everything = own.sum() if items is None else torch.as_tensor(items, device=own.device)
-    return own / everything.clamp_min(1)
-
-
-class StepCallback(TrainerCallback):
-    """Calls `AuxLosses.step` after each optimiser step."""
-
-    def __init__(self, aux: AuxLosses) -> None:
-        self.aux = aux
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
-        self.aux.step()
+    def _forget(self) -> None:
+        self._restored = self.state_dict()
+        self._layers, self._passes, self._watch, self._trainer = [], [], None, None

@@ -1,44 +1,102 @@
 """Finding the MoE layers of a model, and making records of what their routers return."""
 
+import inspect
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
+from moestro.adapters import families
 from moestro.errors import Misuse
-from moestro.models.layers import Router, SparseMoE
 from moestro.routers import simplex
 from moestro.routing import MoELayer, Routing
 
 
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model of transformers inside what data parallelism, torch.compile and PEFT wrap around it."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()  # type: ignore[operator]
+        else:
+            return model
+
+
 def moe_layers(model: nn.Module) -> list[MoELayer]:
-    """Handles on every MoE layer of one of our models, in order. Raises Misuse where there is none."""
-    layers = [
-        MoELayer(
-            name=name,
-            block=block_index(name),
-            router=module.router,
-            experts=module.experts,
-            num_experts=module.router.num_experts,
-            top_k=module.router.top_k,
-            bias_at=(module.router, "selection_bias") if module.router.rule.selection_bias else None,
-        )
-        for name, module in model.named_modules()
-        if isinstance(module, SparseMoE)
-    ]
+    """Handles on every MoE layer of a model of transformers (ours among them), in order.
+
+    Found by the experts' arguments, so a new model package needs nothing from us as long as a router beside the experts
+    returns (logits, weights, indices, ...). Raises Misuse where there is no MoE layer that can be watched.
+    """
+    model = inner_model(model)
+    layers = [layer_of(model, name, experts) for name, experts in experts_modules(model)]
     if not layers:
+        families.refuse_if_outside(model)
         raise Misuse(f"{type(model).__name__} has no experts: auxiliary losses and routing metrics need an MoE layer")
     return layers
 
 
-def block_index(name: str) -> int:
-    """The decoder block that a module's name points into: the first number after `layers`."""
-    found = re.search(r"layers\.(\d+)\.", name)
-    assert found, f"{name} is not inside a decoder block"
-    return int(found.group(1))
+def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all experts: what takes (hidden_states, index, weight), PEFT's wrappers taken off.
+
+    Those of vision and audio towers are left alone: what a batch's sequences and labels are says nothing of them.
+    """
+    for name, module in model.named_modules():
+        arguments = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
+        takes_routing = tuple(arguments[:3]) in families.EXPERTS_ARGUMENTS
+        of_another_tower = re.search(r"(^|\.)(vision|visual|audio|image)", name)
+        if takes_routing and not of_another_tower and families.package(module) not in families.OUTSIDE:
+            yield name, module
 
 
-def routing_of(router: nn.Module, output: tuple[Tensor, Tensor, Tensor]) -> Routing:
-    """The record of what a router returned: (logits, weights, indices) by transformers' convention."""
-    logits, weight, expert = output[0], output[1], output[2]
-    assert isinstance(router, Router)
-    return Routing(expert=expert, weight=weight, logits=logits, scores=simplex(logits, router.rule.scores))
+def layer_of(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
+    """The handle on the layer that `experts` belong to."""
+    path = name.replace(".base_layer", "")
+    parent = model.get_submodule(path.rpartition(".")[0])
+    router = find_router(parent, path)
+    return families.describe(
+        MoELayer(
+            name=path.rpartition(".")[0],
+            block=block_name(path),
+            router=router,
+            experts=experts,
+            num_experts=families.number_of_experts(experts),
+            top_k=0,
+        ),
+        parent,
+    )
+
+
+def find_router(parent: nn.Module, path: str) -> nn.Module:
+    """The router that stands beside the experts, PEFT's wrappers taken off."""
+    for child in parent.children():
+        while isinstance(getattr(child, "base_layer", None), nn.Module):
+            child = child.base_layer  # type: ignore[assignment]
+        if re.search(r"(Router|Gate)$", type(child).__name__):
+            return child
+    raise Misuse(f"no router was found beside {path}: {families.HOW_TO_ADAPT}")
+
+
+def block_name(path: str) -> str:
+    """Name of the decoder block that a module's name points into: all up to its first number."""
+    found = re.match(r".*?\.\d+(?=\.)", path)
+    return found.group(0) if found else path
+
+
+def routing_of(layer: MoELayer, routed: Any, expert: Tensor, weight: Tensor) -> Routing:
+    """The record of what a router returned and the experts were given."""
+    logits, scores = None, None
+    if layer.scores is not None:
+        if routed is None:
+            raise Misuse(f"the router of {layer.name} did not run before its experts: {families.HOW_TO_ADAPT}")
+        # By index: some routers return more than (logits, weights, indices). By width: some score more than experts.
+        returned = (routed if isinstance(routed, Tensor) else routed[0]).reshape(len(expert), -1)[
+            :, : layer.num_experts
+        ]
+        scores = simplex(returned, layer.scores)
+        logits = None if layer.scores == "probabilities" else returned.float()
+    return Routing(expert=expert, weight=weight, logits=logits, scores=scores)

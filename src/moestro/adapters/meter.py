@@ -1,44 +1,111 @@
 """Adding up what the routing of a model looks like while it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
+from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from moestro.adapters.observe import Pass, observe
-from moestro.metrics import RoutingFigures, RoutingSums, routing_figures, routing_sums
-from moestro.routing import LayerRecord
+from moestro.adapters.watch import TAP, Listener, Pass, Tap, Watch, watch
+from moestro.metrics import RoutingFigures, RoutingSums, no_sums, routing_figures, routing_sums, subset
+from moestro.routing import LayerRecord, MoELayer
+
+SAMPLE = 512
+"""Tokens per layer and pass that are looked at in detail."""
 
 
 class RoutingMeter:
-    """Per layer, the sums of all batches since the last `reset`, of the passes in training mode or of the others."""
+    """Per layer, the sums of all batches since the last `reset`, of the passes in training or of the others.
+
+    A pass is one in training when the model is in training mode and gradients are on.
+    """
 
     def __init__(self, num_domains: int = 1, *, training: bool = False) -> None:
         self.num_domains, self.training = num_domains, training
+        self.detailed = False
+        """Whether passes are looked at in detail: overlap and cosines, of a sample of `SAMPLE` tokens."""
         self.sums: dict[str, RoutingSums] = {}
+        """On each layer's device; empty where nothing was counted."""
+        self._layers: dict[str, MoELayer] = {}
+        self._counting = False
 
     @contextmanager
-    def attach(self, model: nn.Module) -> Iterator[Pass]:
+    def attach(self, model: nn.Module) -> Iterator[Watch]:
         """Count every forward pass of `model` until the context ends; recomputations are not counted again."""
-        with observe(model, self._count) as current:
-            yield current
+        with watch(model, Listener(on_layer=self._take, on_begin=self._begin)) as watching:
+            yield watching
+
+    def _take(self, layer: MoELayer) -> Callable[[LayerRecord], None]:
+        self._layers[layer.name] = layer
+        return self._count
+
+    def _begin(self, current: Pass, inputs: dict[str, Any]) -> None:
+        self._counting = current.training == self.training
 
     def _count(self, record: LayerRecord) -> None:
-        if record.recomputed or record.layer.router.training != self.training:
+        if record.recomputed or not self._counting:
             return
-        name, sums = record.layer.name, routing_sums(record, self.num_domains)
+        name = record.layer.name
+        sums = routing_sums(record, self.num_domains, sample_of(record) if self.detailed else None)
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
 
     def figures(self) -> dict[str, RoutingFigures]:
-        """Figures per layer, over all ranks (call it on all of them)."""
+        """Figures of each layer that saw a token, over all ranks (call it on all of them). Changes nothing."""
+        return {name: routing_figures(sums) for name, sums in self._over_ranks().items() if sums.tokens > 0}
+
+    def _over_ranks(self) -> dict[str, RoutingSums]:
+        """The sums on the CPU: one reduction and one wait for the device, whatever the number of layers."""
+        mine = {name: self.sums.get(name) or self._nothing(layer) for name, layer in self._layers.items()}
+        flat = [getattr(sums, f.name) for sums in mine.values() for f in fields(sums)]
+        if not flat:
+            return {}
+        total = torch.cat([part.flatten().to(flat[0].device) for part in flat])
         if dist.is_initialized():
-            for sums in self.sums.values():
-                for f in fields(sums):
-                    dist.all_reduce(getattr(sums, f.name))
-        return {name: routing_figures(sums) for name, sums in self.sums.items()}
+            dist.all_reduce(total)
+        parts = iter(total.cpu().split([part.numel() for part in flat]))
+        return {
+            name: RoutingSums(**{f.name: next(parts).view(getattr(sums, f.name).shape) for f in fields(sums)})
+            for name, sums in mine.items()
+        }
+
+    def _nothing(self, layer: MoELayer) -> RoutingSums:
+        """A rank may have had no batch, and takes part in the reduction all the same."""
+        return no_sums(self.num_domains, layer.num_experts, next(layer.experts.parameters()).device)
 
     def reset(self) -> None:
         """Start anew."""
         self.sums = {}
+
+
+@torch.no_grad()
+def sample_of(record: LayerRecord) -> LayerRecord:
+    """The record of at most `SAMPLE` of its valid tokens, with outputs.
+
+    The tokens depend on the number of valid ones alone. Outputs that nobody else asked for are computed beside the
+    pass, which runs as if nobody looked: its result, its graph and the random state are what they would be.
+    """
+    valid = torch.ones_like(record.batch.sequence) if record.batch.valid is None else record.batch.valid
+    token = valid.nonzero()[:, 0]
+    order = torch.randperm(len(token), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    sample = subset(record, token[order.sort().values.to(token.device)])
+    return sample if sample.outputs is not None else replace(sample, outputs=outputs_of(sample))
+
+
+def outputs_of(record: LayerRecord) -> Float[Tensor, "tokens k dim"]:
+    """What each chosen expert of a watched layer makes of the tokens, run once more."""
+    layer, hidden, routing = record.layer, record.hidden, record.routing
+    tap: Tap = getattr(layer.experts, TAP)
+    run = tap.original or type(layer.experts).forward.__get__(layer.experts)
+    rows = hidden.repeat_interleave(routing.expert.shape[1], dim=0)
+    kind = hidden.device.type
+    # Autocast would keep weights that were cast without gradients, for a pass that needs them with gradients.
+    autocast = torch.autocast(
+        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+    )
+    with torch.random.fork_rng([] if kind == "cpu" else [hidden.device]), autocast:
+        outputs = run(rows, routing.expert.reshape(-1, 1), torch.ones_like(routing.weight).view(-1, 1))
+    return outputs.view(*routing.expert.shape, -1)

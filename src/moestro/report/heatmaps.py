@@ -22,6 +22,7 @@ _COLOURS = [
     [1.0, "--load-high"],
 ]
 _LONGEST_LABEL = 22
+_ROW, _DENSE_ROW, _MANY_ROWS = 26, 16, 24  # pixels, pixels, rows
 
 
 def expert_figures(comparison: Comparison) -> dict[str, Any]:
@@ -42,12 +43,12 @@ def expert_figures(comparison: Comparison) -> dict[str, Any]:
 
 def load_figure(layers: Sequence[LayerStatistics]) -> Figure:
     """Layers (first on top) by experts."""
-    return _figure([f"layer {index}" for index in range(len(layers))], [layer.load for layer in layers])
+    return heat_map([f"layer {index}" for index in range(len(layers))], [layer.load for layer in layers])
 
 
 def domain_figure(layer: LayerStatistics) -> Figure:
     """Domains by experts within one layer."""
-    return _figure(list(layer.domain_load), list(layer.domain_load.values()))
+    return heat_map(list(layer.domain_load), list(layer.domain_load.values()))
 
 
 def moe_recipes(comparison: Comparison) -> list[tuple[int, str]]:
@@ -55,7 +56,8 @@ def moe_recipes(comparison: Comparison) -> list[tuple[int, str]]:
     return [(i, recipe.name) for i, recipe in enumerate(comparison.recipes) if all(run.layers for run in recipe.runs)]
 
 
-def _figure(names: list[str], loads: list[tuple[float, ...]]) -> Figure:
+def heat_map(names: Sequence[str], loads: Sequence[tuple[float, ...]]) -> Figure:
+    """One row of experts per name."""
     width = max((len(load) for load in loads), default=0)
     ratios = [_ratios(load) + [None] * (width - len(load)) for load in loads]
     trace = {
@@ -76,8 +78,8 @@ def _figure(names: list[str], loads: list[tuple[float, ...]]) -> Figure:
     return {"data": [trace], "layout": _layout(names)}
 
 
-def _layout(names: list[str]) -> Figure:
-    layout = frame(height=26 * len(names) + 46)
+def _layout(names: Sequence[str]) -> Figure:
+    layout = frame(height=(_ROW if len(names) <= _MANY_ROWS else _DENSE_ROW) * len(names) + 46)
     layout["xaxis"] |= {"title": {"text": "expert", "standoff": 4, "font": {"size": 12}}, "nticks": 17}
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"showgrid": False, "showline": False, "ticks": ""}

@@ -166,7 +166,7 @@ SIZES = {
         width=128,
         dense_width=3 * 128,
         vocab_size=4096,
-        training=Training(tokens=250_000, batch_tokens=2048, sequence_length=256, learning_rate=6e-3),
+        training=Training(tokens=250_000, batch_tokens=2048, sequence_length=256, learning_rate=2e-3),
     ),
     "small": Size(
         hidden_size=256,

@@ -19,15 +19,13 @@ from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.errors import TrainingFailed
 from moestro.training.checkpoints import last_complete, mark_complete, refuse_non_finite
 
-AUX_STATE = "aux_losses.pt"
-
 
 class PretrainingTrainer(Trainer):
     """The Trainer that `moestro train` uses.
 
     It logs the language-model loss without auxiliary losses (those apart), tokens per second over training steps alone,
     and the load violation of the layers; raises TrainingFailed at the first loss that is not finite; and marks its
-    checkpoints complete when everything, the auxiliary losses' state included, is on disk.
+    checkpoints complete when everything is on disk.
     """
 
     def __init__(
@@ -111,12 +109,10 @@ class PretrainingTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            torch.save(self.aux.state_dict(), folder / AUX_STATE)
             mark_complete(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
-        self.aux.load_state_dict(torch.load(Path(resume_from_checkpoint) / AUX_STATE, weights_only=True))
         self._logged_steps = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
 
 

@@ -1,46 +1,13 @@
-"""Auxiliary losses as pure functions of records.
-
-A loss over tokens returns, for every sequence of the batch, a sum over its valid tokens and their number. How these
-are weighted into one scalar, so that the gradient does not depend on how a batch is cut, is decided in one place:
-`moestro.adapters.aux_losses`. Everything is computed in fp32, under autocast too.
-"""
-
-from dataclasses import dataclass
+"""Load balance over a sequence or against a given load, and the z-loss on logits."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from moestro.errors import Misuse
+from moestro.losses.per_sequence import PerSequence, sum_per_sequence
+from moestro.losses.scores import learned_scores
 from moestro.routing import LayerRecord, choices, choices_per_group
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PerSequence:
-    """A loss over the tokens of each sequence."""
-
-    sum: Float[Tensor, " sequences"]
-    count: Float[Tensor, " sequences"]
-    """Valid tokens of each sequence."""
-
-
-def sum_per_sequence(record: LayerRecord, value: Float[Tensor, " tokens"]) -> PerSequence:
-    """Add up a per-token value over the valid tokens of each sequence."""
-    batch = record.batch
-    valid = torch.ones_like(value) if batch.valid is None else batch.valid.to(value.dtype)
-    zeros = torch.zeros(batch.num_sequences, dtype=value.dtype, device=value.device)
-    # A padded token's value may be anything, NaN included: it is replaced, not multiplied by zero.
-    value = value if batch.valid is None else value.masked_fill(~batch.valid, 0.0)
-    return PerSequence(
-        sum=zeros.index_add(0, batch.sequence, value), count=zeros.index_add(0, batch.sequence, valid.detach())
-    )
-
-
-def learned_scores(record: LayerRecord, loss: str) -> Float[Tensor, "tokens experts"]:
-    """The router's scores on the simplex, or Misuse where the router learns nothing."""
-    if record.routing.scores is None:
-        raise Misuse(f"{loss} needs a router that learns its scores, but {record.layer.name} has none: set it to 0")
-    return record.routing.scores
 
 
 def balance_per_sequence(record: LayerRecord) -> PerSequence:

@@ -1,0 +1,61 @@
+"""Which losses can do anything at which layer, and why not."""
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from moestro.adapters.layers import inner_model
+from moestro.errors import Misuse
+from moestro.routing import MoELayer
+
+OF_OUTPUTS = frozenset({"orthogonality"})
+OF_SCORES = frozenset({"balance", "variance", "router_z"})
+OF_WEIGHTS = frozenset({"router_orthogonality", "simbal"})
+LOSSES = ("balance", "orthogonality", "variance", "router_z", "router_orthogonality", "simbal")
+
+
+def obstacle(layer: MoELayer, loss: str) -> str | None:
+    """Why `loss` is without effect at `layer`, in words that follow its name; None where it has one."""
+    if loss in ("orthogonality", "variance") and layer.top_k == 1:
+        return "needs two experts per token at least, and top_k is 1"
+    if loss in OF_SCORES and layer.scores is None:
+        return "needs a router that learns its choice, and this one looks it up"
+    if loss == "router_z" and layer.scores == "probabilities":
+        return "needs logits, and this router returns probabilities"
+    if loss in OF_WEIGHTS and layer.weight_at is None:
+        return "needs a router that is one matrix"
+    if loss == "bias_rate" and layer.bias_at is None:
+        return "needs a router with a selection bias"
+    return None
+
+
+def applicable(losses: Iterable[str], layers: Sequence[MoELayer]) -> dict[str, list[str]]:
+    """Of each loss, the layers where it is without effect. Raises Misuse where that is all of them."""
+    left_out = {}
+    for loss in losses:
+        obstacles = {layer.name: why for layer in layers if (why := obstacle(layer, loss))}
+        if len(obstacles) == len(layers):
+            raise Misuse(f"{loss} {next(iter(obstacles.values()))}: set {loss} to 0")
+        if obstacles:
+            left_out[loss] = list(obstacles)
+    return left_out
+
+
+def trainable(layer: MoELayer, model: nn.Module) -> bool:
+    """Whether the layer's router learns: its own parameters, or those of what PEFT wraps around it."""
+    inside = {id(module) for module in layer.router.modules()}
+    around = [module for module in model.modules() if getattr(module, "base_layer", None) is not None]
+    wrappers = [module for module in around if inside & {id(inner) for inner in module.modules()}]
+    wrappers = [module for module in wrappers if id(layer.experts) not in {id(inner) for inner in module.modules()}]
+    return any(parameter.requires_grad for module in (layer.router, *wrappers) for parameter in module.parameters())
+
+
+def lora_target(layer: MoELayer, model: nn.Module) -> str | None:
+    """What PEFT's `target_parameters` must name for LoRA to reach the router, e.g. "mlp.gate.weight"."""
+    if layer.weight_at is None:
+        return None
+    holder, attribute = layer.weight_at
+    path = next(name for name, module in inner_model(model).named_modules() if module is holder).replace(
+        ".base_layer", ""
+    )
+    return f"{path.removeprefix(layer.block + '.')}.{attribute}"

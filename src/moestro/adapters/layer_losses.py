@@ -1,0 +1,186 @@
+"""What `AuxLosses` computes and keeps of one layer."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moestro.adapters.applicability import LOSSES, OF_WEIGHTS, obstacle
+from moestro.balance import next_bias
+from moestro.losses import (
+    PerSequence,
+    balance_against,
+    balance_per_sequence,
+    load_share,
+    mean_scores,
+    orthogonality,
+    router_orthogonality,
+    router_z,
+    simbal,
+    variance,
+    variance_per_sequence,
+)
+from moestro.routing import LayerRecord, MoELayer, choices
+
+if TYPE_CHECKING:
+    from moestro.adapters.aux_losses import AuxLosses
+    from moestro.adapters.watch import Watch
+
+
+class LayerLosses:
+    """One layer's losses in the current pass, and its statistics of the current and the previous optimiser step.
+
+    Statistics are tensors that are replaced, never Python numbers that change: a compiled model would compile anew.
+    """
+
+    def __init__(self, aux: "AuxLosses", layer: MoELayer) -> None:
+        self.aux, self.layer = aux, layer
+        self.watch: Watch | None = None
+        self.names = [name for name in LOSSES if getattr(aux, name) and obstacle(layer, name) is None]
+        self.terms: dict[str, Tensor] = {}
+        """This pass's losses, each weighted over sequences, with their graph."""
+        self.load: Tensor | None = None
+        """Choices per expert since the last optimiser step."""
+        self.scores: Tensor | None = None
+        """Sum of the slot scores per expert since the last optimiser step, and the number of tokens at the end."""
+        self.sizes: Tensor | None = None
+        """Sum of each loss since the last optimiser step, in the order of `names`; kept until `scales` is known."""
+        self.lagged_load: Tensor | None = None
+        self.lagged_mean: Tensor | None = None
+        self.scales: Tensor | None = None
+        """What brings each loss to the size of balance, in the order of `names`."""
+
+    def consume(self, record: LayerRecord) -> None:
+        """Take a record of this layer, inside its forward."""
+        assert self.watch is not None
+        current = self.watch.current
+        assert current is not None
+        if not current.training or current.share is None:
+            return
+        if self.aux.mask_prompt and record.batch.label is not None:
+            record = with_labels_only(record)
+        # In a recomputation the losses are computed again, because autograd looks for what the first run saved.
+        terms = {name: self.weigh(name, record, current.share) for name in self.names}
+        if record.recomputed:
+            return
+        self.terms = terms
+        with torch.no_grad():
+            self.count(record, terms, current.share)
+
+    def weigh(self, name: str, record: LayerRecord, share: Tensor) -> Tensor:
+        """One loss as a scalar: over sequences by their share of the whole batch, over weights by this pass's share."""
+        value = self.functions()[name](record)
+        if name in OF_WEIGHTS:
+            return value * share.sum()  # type: ignore[operator]
+        if share.shape != value.sum.shape:  # type: ignore[union-attr]
+            share = share.sum()[None]  # the layer was given other tokens than the batch's: all of them as one sequence
+        return (value.sum / value.count.clamp_min(1) * share).sum()  # type: ignore[union-attr]
+
+    def functions(self) -> dict[str, Callable[[LayerRecord], PerSequence | Tensor]]:
+        """The losses by name."""
+        return {
+            "balance": self.balance,
+            "orthogonality": lambda record: orthogonality(record, self.aux.orthogonality_form),
+            "variance": self.variance,
+            "router_z": router_z,
+            "router_orthogonality": lambda record: router_orthogonality(self.router_weight()),
+            "simbal": lambda record: simbal(self.router_weight()),
+        }
+
+    def router_weight(self) -> Tensor:
+        """The router's rows for the routed experts."""
+        assert self.layer.router_weight is not None
+        return self.layer.router_weight[: self.layer.num_experts]
+
+    def balance(self, record: LayerRecord) -> PerSequence:
+        """Load balance, over what `balance_over` says."""
+        if self.aux.balance_over == "sequence":
+            return balance_per_sequence(record)
+        if self.aux.balance_over == "lagged":
+            load = self.lagged_load if self.lagged_load is not None else self.uniform(record)
+            return balance_against(record, load)
+        load = load_share(record).detach()
+        return balance_against(record, over_ranks(load) / over_ranks(torch.ones_like(load)))
+
+    def variance(self, record: LayerRecord) -> PerSequence:
+        """Routing variance, over what `variance_over` says."""
+        form, cap = self.aux.variance_form, self.aux.variance_cap
+        if self.aux.variance_over == "sequence":
+            return variance_per_sequence(record, form, cap)
+        if self.aux.variance_over == "lagged":
+            mean = self.lagged_mean if self.lagged_mean is not None else self.uniform(record)
+        else:
+            total, count = mean_scores(record)
+            mean = over_ranks(total) / over_ranks(count).clamp_min(1)
+        return variance(record, mean, form, cap)
+
+    def uniform(self, record: LayerRecord) -> Tensor:
+        """The same share for every expert."""
+        return torch.full((self.layer.num_experts,), 1 / self.layer.num_experts, device=record.hidden.device)
+
+    def count(self, record: LayerRecord, terms: dict[str, Tensor], share: Tensor) -> None:
+        """Add this pass to the statistics of the optimiser step."""
+        self.load = added(self.load, choices(record.routing, record.batch, self.layer.num_experts))
+        if self.aux.variance and self.aux.variance_over == "lagged" and "variance" in self.names:
+            total, count = mean_scores(record)
+            self.scores = added(self.scores, torch.cat([total, count[None]]))
+        if self.aux.scaling == "relative" and self.scales is None:
+            sizes = torch.stack([terms[name].detach() for name in self.names])
+            reference = terms["balance"] if "balance" in terms else self.weigh("balance", record, share)
+            self.sizes = added(self.sizes, torch.cat([sizes, reference.detach()[None]]))
+
+    def scale(self, index: int) -> Tensor | float:
+        """The factor on the loss of this index."""
+        if self.aux.scaling == "weight" or self.names[index] == "balance":
+            return 1.0
+        return 0.0 if self.scales is None else self.scales[index]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The optimiser has stepped: this step's statistics become the previous one's, and the selection bias moves."""
+        if self.load is None:
+            return
+        load, self.load = over_ranks(self.load), None
+        self.lagged_load = load / load.sum().clamp_min(1)
+        if self.aux.bias_rate and self.layer.selection_bias is not None:
+            # Ernie's bias is [1, experts]; Zaya's has one more entry, for skipping a layer, which stays.
+            bias = self.layer.selection_bias.view(-1)[: self.layer.num_experts]
+            bias.copy_(next_bias(bias, load, self.aux.bias_rate))
+        if self.scores is not None:
+            scores, self.scores = over_ranks(self.scores), None
+            self.lagged_mean = scores[:-1] / scores[-1].clamp_min(1)
+        if self.sizes is not None:
+            sizes, self.sizes = over_ranks(self.sizes).abs(), None
+            self.scales = torch.where(sizes[:-1] > 0, sizes[-1] / sizes[:-1].clamp_min(1e-30), 0.0)
+
+    def state(self) -> dict[str, list[float]]:
+        """What a resumed run needs, as plain numbers (fp32 survives JSON exactly)."""
+        kept = {"load": self.lagged_load, "mean": self.lagged_mean, "scales": self.scales}
+        return {name: value.tolist() for name, value in kept.items() if value is not None}
+
+    def load_state(self, state: dict[str, list[float]]) -> None:
+        """Restore `state`."""
+        device = next(self.layer.router.parameters()).device
+        kept = {name: torch.tensor(value, device=device) for name, value in state.items()}
+        self.lagged_load, self.lagged_mean, self.scales = (kept.get(name) for name in ("load", "mean", "scales"))
+
+
+def with_labels_only(record: LayerRecord) -> LayerRecord:
+    """The record with every token but those that predict a label treated as padding."""
+    return replace(record, batch=replace(record.batch, valid=record.batch.label))
+
+
+def added(total: Tensor | None, value: Tensor) -> Tensor:
+    """A sum that begins with its first summand."""
+    return value if total is None else total + value
+
+
+def over_ranks(value: Tensor) -> Tensor:
+    """The sum over all ranks."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value

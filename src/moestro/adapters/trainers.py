@@ -1,0 +1,113 @@
+"""Attaching to a trainer: the Trainer of transformers, and TRL's, which are ones."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from moestro.adapters.aux_losses import TrainerBatch
+from moestro.errors import Misuse
+from moestro.routing import MoELayer
+
+if TYPE_CHECKING:
+    from moestro.adapters.aux_losses import AuxLosses
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | None) -> Iterator[None]:
+    """Wrap the trainer's `compute_loss`, the one seam that all trainers share, until the context ends."""
+    assert trainer.model is not None
+    original, own = trainer.compute_loss, trainer.__dict__.get("compute_loss")
+
+    def compute_loss(
+        model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        # TRL keeps the item count from the model, label smoothing the labels: the description of the batch needs both.
+        withheld = {
+            name: inputs[name] for name in ("labels", "shift_labels") if isinstance(inputs, dict) and name in inputs
+        }
+        scaled = is_scaled(trainer, num_items_in_batch)
+        watching.withheld, batch.items = withheld, num_items_in_batch if scaled else None
+        result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if (total := aux.total()) is None:
+            if aux.weights and model.training and torch.is_grad_enabled():
+                raise Misuse("the model's passes go unseen: attach before torch.compile, not after it")
+            return result
+        if batch.items is None and scaled:  # the loss is divided already (GRPO), so ours is not divided after this
+            total = total / trainer.current_gradient_accumulation_steps
+        elif batch.items is not None and trainer.args.average_tokens_across_devices:
+            # The Trainer multiplies its loss by the number of ranks, because gradients are averaged over them.
+            total = total * (trainer.accelerator.num_processes // trainer.get_tp_size())
+        if isinstance(result, tuple):
+            return result[0] + total, result[1]
+        return result + total
+
+    class AuxLossesState(State):
+        losses = aux  # of the class: the Trainer may make an instance anew when it resumes
+
+    batch = TrainerBatch()
+    with ExitStack() as stack:
+        if aux.balance:
+            stack.enter_context(trl_balance_off(trainer))
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        watching = stack.enter_context(aux.to_model(model, layers, trainer=batch))
+        stack.callback(watching.withheld.clear)
+        trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        trainer.add_callback(AuxLossesState)
+        try:
+            yield
+        finally:
+            trainer.remove_callback(AuxLossesState)
+            del trainer.compute_loss
+            if own is not None:
+                trainer.compute_loss = own
+
+
+def is_scaled(trainer: Trainer, items: Any) -> bool:
+    """Whether the trainer leaves what `compute_loss` returns undivided by the accumulation steps, as it decides it."""
+    if trainer.loss_is_scaled_for_ga is not None:
+        return trainer.loss_is_scaled_for_ga
+    return (trainer.model_accepts_loss_kwargs and items is not None) or trainer.compute_loss_func is not None
+
+
+@contextmanager
+def trl_balance_off(trainer: Any) -> Iterator[None]:
+    """Let TRL not add the model's own balance loss until the context ends; refuse where its user asked for it."""
+    if not getattr(trainer, "aux_loss_enabled", False):
+        yield
+        return
+    if asked := getattr(trainer.args, "router_aux_loss_coef", None):
+        raise Misuse(f"router_aux_loss_coef={asked} and a balance would both balance the load: set one of them to 0")
+    logger.warning("TRL's own balance loss (coefficient %s) is off while attached", trainer.router_aux_loss_coef)
+    trainer.aux_loss_enabled = False
+    try:
+        yield
+    finally:
+        trainer.aux_loss_enabled = True
+
+
+class State(TrainerCallback, ExportableState):
+    """Steps the losses with the optimiser, and keeps their state in the trainer's checkpoints (trainer_state.json)."""
+
+    losses: "AuxLosses"
+
+    def state(self) -> dict[str, Any]:
+        """What transformers saves."""
+        return {"args": {}, "attributes": self.losses.state_dict()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An event of the Trainer. Where training resumes from a checkpoint, the state saved with it is restored."""
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__)
+        if isinstance(saved, dict) and "layers" in saved["attributes"]:
+            self.losses.load_state_dict(saved["attributes"])
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """An event of the Trainer."""
+        self.losses.step()

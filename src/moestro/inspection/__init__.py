@@ -1,0 +1,23 @@
+"""What a checkpoint is, what can be trained of its routing, and how it routes a text."""
+
+from moestro.inspection.checkpoints import Checkpoint, find, load, on_meta, stored_dtype
+from moestro.inspection.findings import Finding, describe
+from moestro.inspection.measuring import Conditions, Measured, MeasuredLayer, RoutingStudy, study
+from moestro.inspection.texts import Text, read_text
+
+__all__ = [
+    "Checkpoint",
+    "Conditions",
+    "Finding",
+    "Measured",
+    "MeasuredLayer",
+    "RoutingStudy",
+    "Text",
+    "describe",
+    "find",
+    "load",
+    "on_meta",
+    "read_text",
+    "stored_dtype",
+    "study",
+]

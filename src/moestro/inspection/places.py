@@ -1,0 +1,44 @@
+"""Where MoE layers are, in few words: "layers 1 to 26"."""
+
+import re
+from collections.abc import Sequence
+from itertools import groupby
+
+from moestro.routing import MoELayer
+
+
+def block_number(layer: MoELayer) -> int:
+    """Index of the layer's block in its stack."""
+    found = re.search(r"(\d+)$", layer.block)
+    return int(found.group(1)) if found else 0
+
+
+def places(layers: Sequence[MoELayer]) -> str:
+    """The blocks of these layers, stack by stack where there are several."""
+    stacks: dict[str, list[int]] = {}
+    for layer in layers:
+        stacks.setdefault(re.sub(r"\.?\d+$", "", layer.block), []).append(block_number(layer))
+    if len(stacks) == 1:
+        return spans(next(iter(stacks.values())))
+    return "; ".join(f"{stack}: {spans(numbers)}" for stack, numbers in stacks.items())
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Block numbers as "layers 0, 2 and 5 to 7"; says so where each holds several MoE layers."""
+    distinct = sorted(set(numbers))
+    runs = [[n for _, n in run] for _, run in groupby(enumerate(distinct), key=lambda pair: pair[1] - pair[0])]
+    parts = [part for run in runs for part in ([f"{run[0]} to {run[-1]}"] if len(run) > 2 else map(str, run))]
+    words = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+    each = f" ({len(numbers) // len(distinct)} in each)" if len(numbers) > len(distinct) else ""
+    return f"layer{'' if len(distinct) == 1 else 's'} {words}{each}"
+
+
+def labels(layers: Sequence[MoELayer]) -> list[str]:
+    """A label per layer: its block's number, and which of the block's MoE layers it is where there are several."""
+    blocks = [layer.block for layer in layers]
+    return [
+        f"{block_number(layer)}.{blocks[:i].count(layer.block)}"
+        if blocks.count(layer.block) > 1
+        else str(block_number(layer))
+        for i, layer in enumerate(layers)
+    ]

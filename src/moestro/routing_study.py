@@ -1,0 +1,79 @@
+"""`moestro inspect --data`: models run over a text on this machine; routing.json and report.html."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import moestro
+from moestro.errors import Misuse
+from moestro.inspection import Checkpoint, Conditions, Finding, RoutingStudy, Text, stored_dtype, study
+from moestro.records import write_record
+from moestro.report.routing_report import write_routing_report
+from moestro.training.precision import faster_dtype
+from moestro.training.runs import environment
+from moestro.training.train import Interrupted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """How the user wants the models run; None is for the checkpoints to say."""
+
+    tokenizer: str | None = None
+    sequence_length: int | None = None
+    batch_tokens: int = 4096
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+
+
+def study_routing(
+    found: Sequence[Checkpoint],
+    findings: Sequence[Finding],
+    text: Text,
+    running: Running,
+    folder: Path,
+    *,
+    command: str,
+) -> RoutingStudy:
+    """Run the checkpoints over the text and write the study to `folder`. Raises Interrupted on Ctrl-C."""
+    make_folder(folder)
+    conditions = conditions_here(found, running)
+    try:
+        result = study(
+            found,
+            findings,
+            text,
+            conditions,
+            version=moestro.__version__,
+            command=command,
+            environment=environment(),
+        )
+    except KeyboardInterrupt:
+        raise Interrupted("stopped: no report was written") from None
+    write_record(result, folder / "routing.json")
+    write_routing_report(result, folder / "report.html")
+    return result
+
+
+def make_folder(folder: Path) -> None:
+    """Before the work: a place for its results."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Misuse(f"--out must be a folder that can be written to: {error}") from error
+
+
+def conditions_here(found: Sequence[Checkpoint], running: Running) -> Conditions:
+    """On this machine: weights as they are stored, unless they are of 16 bits and this machine is slow with those."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = faster_dtype(device)[0] if running.dtype == "auto" else getattr(torch, running.dtype)
+    stored = [stored_dtype(checkpoint) for checkpoint in found]
+    return Conditions(
+        tokenizer=running.tokenizer,
+        sequence_length=running.sequence_length,
+        batch_tokens=running.batch_tokens,
+        dtypes=tuple(torch.float32 if dtype == torch.float32 else of_file for of_file in stored),
+        autocast=dtype == torch.bfloat16,
+        device=device,
+    )
