@@ -19,7 +19,7 @@ import attach_reference as truth
 import tiny_models
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from moestro.adapters import AuxLosses, moe_layers, observe
 from moestro.errors import Misuse
@@ -39,12 +39,18 @@ class Inapplicable(str):
 
 @dataclass
 class Subject:
-    """A tiny model in train mode, with a batch whose second row ends in padding."""
+    """A tiny model in train mode, with a batch whose second row ends in padding, and what it does unwatched."""
 
     package: str
     model: Any
     inputs: dict[str, Tensor]
     layers: list[MoELayer]
+    stock: list[truth.Seen]
+    """What each layer is given."""
+    right: dict[str, tuple[Tensor, Gradients]]
+    """Each loss and its gradient, in loops; without those that do not apply."""
+    plain: dict[str, tuple[Any, Gradients]]
+    """One step with each implementation of the experts."""
     stock_keys: set[str]
     """Names of the weights in the checkpoint that the model made before anything was attached to it."""
 
@@ -54,9 +60,19 @@ class Subject:
         return self.package not in tiny_models.OUTSIDE
 
     @property
-    def valid(self) -> Tensor:
-        """Which tokens of the batch are not padding."""
-        return self.inputs["attention_mask"].bool().flatten()
+    def several(self) -> bool:
+        """Whether a token has several experts."""
+        return self.stock[0].index.shape[1] > 1
+
+    @property
+    def learned(self) -> list[truth.Seen]:
+        """The layers whose routers learn what they choose."""
+        return [seen for seen in self.stock if "Hash" not in type(seen.layer.router).__name__]
+
+    @property
+    def unwatched(self) -> tuple[Any, Gradients]:
+        """One step with the implementation that the model has by itself."""
+        return self.plain[self.model.config._experts_implementation if self.interface else "eager"]
 
 
 def build(package: str) -> Subject:
@@ -65,10 +81,27 @@ def build(package: str) -> Subject:
     with tempfile.TemporaryDirectory() as folder:
         tiny.model.save_pretrained(folder)
         keys = checkpoint_keys(folder)
-    subject = Subject(package=package, model=tiny.model, inputs=tiny.inputs, layers=[], stock_keys=keys)
-    subject.layers = moe_layers(tiny.model)
+    subject = Subject(package, tiny.model, tiny.inputs, moe_layers(tiny.model), [], {}, {}, keys)
     roughen(subject.layers)
+    for name in ("grouped_mm", "eager"):
+        with implementation(subject, name):
+            subject.plain[name] = step(subject)
+    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
+    subject.stock = stock.layers
+    for name, value in true_losses(subject, stock).items():
+        subject.right[name] = value.detach(), backward(subject, value, retain_graph=True)
     return subject
+
+
+def true_losses(subject: Subject, stock: truth.Stock) -> dict[str, Tensor]:
+    """Each loss that applies, in loops."""
+    losses = {"balance": truth.total(stock, truth.balance, subject.learned)}
+    if any(seen.layer.scores != "probabilities" for seen in subject.stock):
+        losses["router_z"] = truth.total(stock, truth.router_z, subject.learned)
+    if subject.several:
+        losses["orthogonality"] = truth.total(stock, truth.orthogonality, subject.stock)
+        losses["variance"] = truth.total(stock, truth.variance, subject.learned)
+    return losses
 
 
 @torch.no_grad()
@@ -96,10 +129,10 @@ def objective(subject: Subject, output: Any) -> Tensor:
     return output.loss if "labels" in subject.inputs else output.logits.square().sum()
 
 
-def backward(subject: Subject, loss: Tensor) -> Gradients:
+def backward(subject: Subject, loss: Tensor, retain_graph: bool = False) -> Gradients:
     """The gradient of every parameter that has one."""
     subject.model.zero_grad()
-    loss.backward()
+    loss.backward(retain_graph=retain_graph)
     return {name: p.grad.clone() for name, p in subject.model.named_parameters() if p.grad is not None}
 
 
@@ -109,11 +142,11 @@ def step(subject: Subject) -> tuple[Any, Gradients]:
     return output, backward(subject, objective(subject, output))
 
 
-def attached_total(subject: Subject, passes: int = 1, **weights: float) -> tuple[dict[str, Tensor], Gradients]:
-    """Each loss and the gradient of their total alone, in the last of so many optimiser steps that change nothing."""
-    aux = AuxLosses(**weights)
+def attached(subject: Subject, *losses: str) -> tuple[dict[str, Tensor], Gradients]:
+    """Each loss, and the gradient of their sum alone, in the second of two optimiser steps that change nothing."""
+    aux = AuxLosses(**dict.fromkeys(losses, 1.0))
     with aux.attach(subject.model, add_to_loss=False):
-        for _ in range(passes):
+        for _ in range(2 if "variance" in losses else 1):  # its mean is that of the step before
             forward(subject)
             total = aux.total()
             aux.step()
@@ -121,16 +154,20 @@ def attached_total(subject: Subject, passes: int = 1, **weights: float) -> tuple
     return aux.last, backward(subject, total)
 
 
+def distance(ours: Gradients, right: Gradients) -> tuple[float, str]:
+    """How far a gradient is off, and which: relative to its own norm, or to a hundredth of that of all parameters.
+
+    Some gradients are what is left of sums of large numbers, and know no more digits than these have.
+    """
+    whole, zero = torch.stack([gradient.norm() for gradient in right.values()]).norm(), torch.zeros(())
+    both = {name: (ours.get(name, zero), right.get(name, zero)) for name in ours.keys() | right.keys()}
+    return max((float((a - b).norm() / torch.maximum(b.norm(), whole / 100)), name) for name, (a, b) in both.items())
+
+
 def difference(ours: Gradients, right: Gradients, rounding: float = ROUNDING) -> str | None:
-    """Where gradients differ: by more than rounding, relative to a parameter's or a thousandth of the whole norm."""
-    whole = torch.stack([g.norm() for g in right.values()]).norm()
-    for name in sorted(ours.keys() | right.keys()):
-        zero = torch.zeros(())
-        a, b = ours.get(name, zero), right.get(name, zero)
-        error = float((a - b).norm() / torch.maximum(b.norm(), 1e-3 * whole))
-        if error > rounding:
-            return f"the gradient of {name} is off by {error:.0e}"
-    return None
+    """Where gradients differ by more than rounding."""
+    error, name = distance(ours, right)
+    return None if error <= rounding else f"the gradient of {name} is off by {error:.0e}"
 
 
 def unequal(ours: Gradients, right: Gradients) -> str | None:
@@ -147,19 +184,16 @@ def far(ours: Tensor, right: Tensor, rounding: float = ROUNDING) -> bool:
 
 @contextmanager
 def implementation(subject: Subject, name: str) -> Iterator[None]:
-    """The model with an implementation of its experts."""
-    if subject.interface:
-        subject.model.set_experts_implementation(name)
+    """The model with an implementation of its experts, where the package lets one choose."""
+    if not subject.interface:
+        yield
+        return
+    before = subject.model.config._experts_implementation
+    subject.model.set_experts_implementation(name)
     try:
         yield
     finally:
-        if subject.interface:
-            subject.model.set_experts_implementation("grouped_mm")
-
-
-def learned(subject: Subject) -> list[MoELayer]:
-    """The layers whose routers learn what they choose."""
-    return [layer for layer in subject.layers if "Hash" not in type(layer.router).__name__]
+        subject.model.set_experts_implementation(before)
 
 
 # --- finding layers
@@ -171,17 +205,16 @@ def finds_the_layers(subject: Subject) -> str | None:
     handles = [
         module.register_forward_hook(lambda _, args, out, name=name: ran.update([name]))
         for name, module in subject.model.named_modules()
-        if type(module).__name__.endswith("Experts")
+        if type(module).__name__.endswith("Experts") and "shared" not in name
     ]
-    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
+    with torch.no_grad():
+        forward(subject)
     for handle in handles:
         handle.remove()
     names = {module: name for name, module in subject.model.named_modules()}
-    found = Counter(names[layer.experts] for layer in subject.layers)
-    routed = {name: times for name, times in ran.items() if "shared" not in name.lower()}
-    if found != routed:
-        return f"found {dict(found)}, but what runs is {routed}"
-    return next((wrong for seen in stock.layers if (wrong := wrong_handle(subject, seen))), None)
+    if (found := Counter(names[layer.experts] for layer in subject.layers)) != ran:
+        return f"found {dict(found)}, but what runs is {dict(ran)}"
+    return next((wrong for seen in subject.stock if (wrong := wrong_handle(subject, seen))), None)
 
 
 def wrong_handle(subject: Subject, seen: truth.Seen) -> str | None:
@@ -204,15 +237,15 @@ def wrong_handle(subject: Subject, seen: truth.Seen) -> str | None:
 
 def scores_are_the_routers(subject: Subject) -> str | None:
     """At the chosen experts the weights are the scores, up to one factor per token (where k is 1: for all tokens)."""
-    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
     scores: dict[str, Tensor | None] = {}
-    with observe(subject.model, lambda record: scores.__setitem__(record.layer.name, record.routing.scores)):
+    keep = lambda record: scores.__setitem__(record.layer.name, record.routing.scores)
+    with observe(subject.model, keep), torch.no_grad():
         forward(subject)
-    for seen in stock.layers:
+    for seen in subject.stock:
         ours = scores[seen.layer.name]
-        if (ours is None) != (seen.layer not in learned(subject)):
+        if (ours is None) != (seen not in subject.learned):
             return f"{seen.layer.name}: only routers that look their choice up have no scores"
-        if ours is not None and (wrong := not_proportional(seen, ours.detach())):
+        if ours is not None and (wrong := not_proportional(seen, ours)):
             return f"{seen.layer.name}: {wrong}"
     return None
 
@@ -236,32 +269,33 @@ def not_proportional(seen: truth.Seen, scores: Tensor) -> str | None:
 
 
 def watched_is_unchanged(subject: Subject) -> str | None:
-    """With the experts' outputs asked for: logits bit-identical around grouped_mm; else to rounding."""
-    for name in ("grouped_mm", "eager"):
-        with implementation(subject, name):
-            plain, right = step(subject)
-            with observe(subject.model, lambda record: None, outputs=True):
-                watched, ours = step(subject)
+    """With the experts' outputs asked for: bit-identical around grouped_mm, to rounding around eager.
+
+    Rounding is 1e-5, or twice how far grouped_mm and eager are apart where a model makes more of small differences.
+    """
+    apart = distance(subject.plain["grouped_mm"][1], subject.plain["eager"][1])[0]
+    for name, (plain, right) in subject.plain.items():
+        with implementation(subject, name), observe(subject.model, lambda record: None, outputs=True):
+            watched, ours = step(subject)
         exact = subject.interface and name == "grouped_mm"
-        for field in ("loss", "logits") if "labels" in subject.inputs else ("logits",):
-            one, other = getattr(watched, field), getattr(plain, field)
-            if not torch.equal(one, other) if exact else far(one, other, 1e-6 if field == "loss" else ROUNDING):
-                return f"{field} differ around {name} by {float((one - other).detach().abs().max()):.0e}"
-        if wrong := difference(ours, right):
+        if not (torch.equal(watched.logits, plain.logits) if exact else not far(watched.logits, plain.logits)):
+            return f"logits differ around {name}"
+        loss, before = objective(subject, watched), objective(subject, plain)
+        if not (torch.equal(loss, before) if exact else not far(loss, before, 1e-6)):
+            return f"the loss differs around {name}"
+        if wrong := difference(ours, right, max(ROUNDING, 2 * apart)):
             return f"around {name} {wrong}"
     return None
 
 
 def weight_zero_is_unchanged(subject: Subject) -> str | None:
     """Losses of weight 0: loss, logits and every gradient are bit-identical, around grouped_mm and eager."""
-    for name in ("grouped_mm", "eager"):
-        with implementation(subject, name):
-            plain, right = step(subject)
-            with AuxLosses().attach(subject.model):
-                attached, ours = step(subject)
+    for name, (plain, right) in subject.plain.items():
+        with implementation(subject, name), AuxLosses().attach(subject.model):
+            attached, ours = step(subject)
         if not torch.equal(attached.logits, plain.logits):
             return f"logits differ around {name}"
-        if "labels" in subject.inputs and not torch.equal(attached.loss, plain.loss):
+        if not torch.equal(objective(subject, attached), objective(subject, plain)):
             return f"the loss differs around {name}"
         if wrong := unequal(ours, right):
             return f"around {name}, not bit-identical: {wrong}"
@@ -273,44 +307,52 @@ def weight_zero_is_unchanged(subject: Subject) -> str | None:
 
 def firings_are_right(subject: Subject) -> str | None:
     """Each layer fires once per pass and its choices are counted once, with activation checkpointing too."""
-    first, right = fired(subject)
+    _, own = subject.unwatched
+    wrong, right = fired(subject)
+    if wrong:
+        return wrong
+    with checkpointing(subject):
+        wrong, ours = fired(subject)
+    return wrong or difference(ours, right) or (None if difference(right, own) else "the losses have no gradient")
+
+
+@contextmanager
+def checkpointing(subject: Subject) -> Iterator[None]:
+    """The model with activation checkpointing."""
     subject.model.activation_checkpointing_enable()
-    second, ours = fired(subject)
-    subject.model.activation_checkpointing_disable()
-    return first or second or difference(ours, right)
+    try:
+        yield
+    finally:
+        subject.model.activation_checkpointing_disable()
 
 
 def fired(subject: Subject) -> tuple[str | None, Gradients]:
-    """One step with a loss on outputs and one on the router: what was counted wrongly, and the gradient."""
+    """One step of the model's loss and ours: what was counted wrongly, and the gradient."""
     runs = Counter[str]()
-    hook = lambda name: lambda module, args: runs.update([name])
-    handles = [layer.experts.register_forward_pre_hook(hook(layer.name)) for layer in subject.layers]
-    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
-    runs.clear()
-    aux = AuxLosses(router_orthogonality=0.1 * all(layer.weight_at for layer in subject.layers), **applicable(subject))
+    handles = [
+        layer.experts.register_forward_pre_hook(lambda _, args, name=layer.name: runs.update([name]))
+        for layer in subject.layers
+    ]
+    aux = AuxLosses(balance=0.3, **between(subject))
     with aux.attach(subject.model, add_to_loss=False):
-        output = forward(subject)
-        loss = objective(subject, output) + aux.total()
+        loss = objective(subject, forward(subject)) + aux.total()
         firings = dict(aux.firings)
         gradients = backward(subject, loss)
         loads = {state.layer.name: state.load for state in aux._layers}
     for handle in handles:
         handle.remove()
-    again = subject.model.is_activation_checkpointing
-    if again and max(runs.values()) != 2:
-        return "no layer ran again in the backward pass", gradients
+    if max(runs.values()) != 1 + subject.model.is_activation_checkpointing:
+        return f"layers ran {dict(runs)} times", gradients
     if firings != {layer.name: 1 for layer in subject.layers}:
         return f"firings are {firings}", gradients
-    for seen in stock.layers:
-        load, counted = loads[seen.layer.name], count(seen)
-        if load is None or not torch.equal(load, counted):
-            return f"{seen.layer.name}: counted {load}, right is {counted}", gradients
-    return None, gradients
+    return next((wrong for seen in subject.stock if (wrong := miscounted(seen, loads))), None), gradients
 
 
-def applicable(subject: Subject) -> dict[str, float]:
-    """Losses that apply to the subject."""
-    return {"orthogonality": 0.3, "variance": 0.2} if subject.layers[0].top_k > 1 else {"balance": 0.3}
+def miscounted(seen: truth.Seen, loads: dict[str, Tensor | None]) -> str | None:
+    """How a layer's choices were counted wrongly."""
+    load, right = loads[seen.layer.name], count(seen)
+    wrong = load is None or not torch.equal(load, right)
+    return f"{seen.layer.name}: counted {load}, right is {right}" if wrong else None
 
 
 def count(seen: truth.Seen) -> Tensor:
@@ -328,20 +370,26 @@ def count(seen: truth.Seen) -> Tensor:
 
 def orthogonality_is_right(subject: Subject) -> str | None:
     """Value and gradient of every parameter equal a loop over the eager weights of single experts."""
-    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
-    if all(seen.index.shape[1] == 1 for seen in stock.layers):
+    if not subject.several:
         return refused(subject, "orthogonality")
-    right = truth.total(stock, truth.orthogonality, stock.layers)
-    last, ours = attached_total(subject, orthogonality=1.0)
-    if far(last["orthogonality"], right):
-        return f"it is {last['orthogonality']:.6g} and should be {float(right.detach()):.6g}"
-    return difference(ours, backward(subject, right))
+    return wrong_losses(subject, *attached(subject, "orthogonality"))
+
+
+def wrong_losses(subject: Subject, values: dict[str, Tensor], gradients: Gradients) -> str | None:
+    """Which value, or which gradient of their sum, is not that of the loops."""
+    right: Gradients = {}
+    for loss, value in values.items():
+        true_value, true_gradients = subject.right[loss]
+        if far(value, true_value):
+            return f"{loss} is {float(value):.6g} and should be {float(true_value):.6g}"
+        right |= {name: right.get(name, 0) + gradient for name, gradient in true_gradients.items()}
+    return difference(gradients, right)
 
 
 def refused(subject: Subject, loss: str) -> str:
     """A loss between experts of a token, where there is one: it must be refused with the reason."""
     try:
-        attached_total(subject, **{loss: 1.0})
+        attached(subject, loss)
     except Misuse as error:
         if f"{loss} needs two experts per token" in str(error):
             return Inapplicable("one expert per token: refused, and said so")
@@ -350,7 +398,7 @@ def refused(subject: Subject, loss: str) -> str:
 
 def order_does_not_matter(subject: Subject) -> str | None:
     """With rows, or experts, in another order the orthogonality and every expert's load are the same."""
-    weights = applicable(subject)
+    weights = {"balance": 0.3, **between(subject)}
     with one_outcome(subject):
         value, load = value_and_load(subject, weights)
         inputs = subject.inputs
@@ -424,39 +472,23 @@ def reverse(layers: Sequence[MoELayer]) -> None:
 
 def variance_is_right(subject: Subject) -> str | None:
     """Value and gradients equal loops; it moves every learned router, and not the experts of the last layer."""
-    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
-    if all(seen.index.shape[1] == 1 for seen in stock.layers):
+    if not subject.several:
         return refused(subject, "variance")
-    layers = learned(subject)
-    seen = [seen for seen in stock.layers if seen.layer in layers]
-    right = truth.total(stock, truth.variance, seen)
-    last, ours = attached_total(subject, passes=2, variance=1.0)
-    if far(last["variance"], right):
-        return f"it is {last['variance']:.6g} and should be {float(right.detach()):.6g}"
-    if wrong := difference(ours, backward(subject, right)):
+    values, ours = attached(subject, "variance")
+    if wrong := wrong_losses(subject, values, ours):
         return wrong
-    names = {parameter: name for name, parameter in subject.model.named_parameters()}
-    for layer in layers:
-        if not any(ours[names[p]].any() for p in layer.router.parameters() if names[p] in ours):
-            return f"{layer.name}: nothing reaches the router"
-    reached = [names[p] for p in layers[-1].experts.parameters() if names[p] in ours and ours[names[p]].any()]
-    return f"it reaches {reached[0]}, behind which no router is" if reached else None
+    reached = {parameter for name, parameter in subject.model.named_parameters() if name in ours and ours[name].any()}
+    for seen in subject.learned:
+        if reached.isdisjoint(seen.layer.router.parameters()):
+            return f"{seen.layer.name}: nothing reaches the router"
+    behind = not reached.isdisjoint(subject.stock[-1].layer.experts.parameters())
+    return "it reaches experts behind which no router is" if behind else None
 
 
 def balance_and_z_are_right(subject: Subject) -> str | None:
     """Values, and the gradients of their sum, equal loops."""
-    stock = truth.run_stock(subject.model, subject.inputs, subject.layers)
-    layers = learned(subject)
-    seen = [seen for seen in stock.layers if seen.layer in layers]
-    losses = {"balance": truth.balance}
-    if any(layer.scores != "probabilities" for layer in layers):
-        losses["router_z"] = truth.router_z
-    right = {name: truth.total(stock, loss, seen) for name, loss in losses.items()}
-    last, ours = attached_total(subject, **dict.fromkeys(losses, 1.0))
-    for name, value in right.items():
-        if far(last[name], value):
-            return f"{name} is {last[name]:.6g} and should be {float(value.detach()):.6g}"
-    return difference(ours, backward(subject, torch.stack(list(right.values())).sum()))
+    losses = [name for name in ("balance", "router_z") if name in subject.right]
+    return wrong_losses(subject, *attached(subject, *losses))
 
 
 # --- leaving no trace
@@ -464,38 +496,44 @@ def balance_and_z_are_right(subject: Subject) -> str | None:
 
 def detach_leaves_nothing(subject: Subject) -> str | None:
     """After the context, and after an exception in it: logits, hooks, attributes and config are as before."""
-    text = subject.model.config.get_text_config()
-    own = getattr(text, "output_router_logits", None)
-    if own is not None:
-        text.output_router_logits = True  # the model's own balance loss: it must stay away for as long as ours is here
-    with torch.no_grad():
-        logits = forward(subject).logits  # before the look at attributes: models make some of them in their first pass
-    before = trace(subject)
-    aux = AuxLosses(balance=1.0, bias_rate=0.1 * any(layer.bias_at for layer in subject.layers), **between(subject))
-    with aux.attach(subject.model, add_to_loss=False):
-        forward(subject)
-        inside = trace(subject)
-        kept = getattr(text, "output_router_logits", None)
-    wrong = differing(trace(subject), before)
+    with own_balance_loss(subject), checkpointing(subject):
+        with torch.no_grad():
+            logits = forward(subject).logits  # first of all: models make some attributes in their first pass
+        before = trace(subject)
+        aux = AuxLosses(balance=1.0, **between(subject))
+        with aux.attach(subject.model, add_to_loss=False):
+            forward(subject)
+            inside = trace(subject)
+        wrong = differing(trace(subject), before)
+        try:
+            with aux.attach(subject.model, add_to_loss=False):
+                raise KeyError
+        except KeyError:
+            wrong = wrong or differing(trace(subject), before)
+        with torch.no_grad():
+            again = forward(subject).logits
+    if inside["attributes"] == before["attributes"]:
+        return "nothing was attached"
+    return wrong or (None if torch.equal(logits, again) else "logits differ")
+
+
+@contextmanager
+def own_balance_loss(subject: Subject) -> Iterator[None]:
+    """The model with its own balance loss on, if it has one: ours switch it off for as long as they are there."""
+    config = subject.model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before is not None:
+        config.output_router_logits = True
     try:
-        with AuxLosses(balance=1.0).attach(subject.model, add_to_loss=False):
-            raise KeyError
-    except KeyError:
-        wrong = wrong or differing(trace(subject), before)
-    with torch.no_grad():
-        again = forward(subject).logits
-    if own is not None:
-        text.output_router_logits = own
-    if wrong or not torch.equal(logits, again):
-        return wrong or "logits differ"
-    if kept or inside["attributes"] == before["attributes"]:
-        return "nothing was attached" if not kept else "the model's own balance loss was on beside ours"
-    return None
+        yield
+    finally:
+        if before is not None:
+            config.output_router_logits = before
 
 
 def between(subject: Subject) -> dict[str, float]:
-    """Losses between the experts of a token, where it has several."""
-    return {"orthogonality": 1.0, "variance": 1.0} if subject.layers[0].top_k > 1 else {}
+    """Weights of the losses between the experts of a token, where it has several."""
+    return {"orthogonality": 0.3, "variance": 0.2} if subject.several else {}
 
 
 def trace(subject: Subject) -> dict[str, Any]:
@@ -503,6 +541,12 @@ def trace(subject: Subject) -> dict[str, Any]:
     modules = dict(subject.model.named_modules())
     return {
         "attributes": {f"{name}.{key}" for name, module in modules.items() for key in vars(module)},
+        "functions": {
+            (f"{name}.{key}", id(value))
+            for name, module in modules.items()
+            for key, value in vars(module).items()
+            if callable(value)
+        },
         "hooks": Counter(
             (name, kind, hook)
             for name, module in modules.items()
@@ -524,7 +568,7 @@ def differing(after: dict[str, Any], before: dict[str, Any]) -> str | None:
 
 
 def saves_and_reloads_stock(subject: Subject) -> str | None:
-    """A checkpoint written while attached, after a step, has stock names and loads into the stock class, bit-identical."""
+    """A checkpoint written while attached, after a step, has stock names and loads into the stock class, exactly."""
     before = {name: p.detach().clone() for name, p in subject.model.named_parameters()}
     with tempfile.TemporaryDirectory() as folder:
         with AuxLosses(balance=0.1, **between(subject)).attach(subject.model, add_to_loss=False):
@@ -563,36 +607,40 @@ def checkpoint_keys(folder: str) -> set[str]:
 
 
 def bias_is_the_routers_and_moves(subject: Subject) -> str | None:
-    """`bias_at` is what sways the choice and not the scores, and `bias_rate` moves it against the load, and it alone."""
+    """`bias_at` sways the choice and not the scores; `bias_rate` moves it against the load, and nothing else."""
     if wrong := wrong_bias(subject):
         return wrong
-    biased = [layer for layer in subject.layers if layer.bias_at]
+    biased = [seen for seen in subject.stock if seen.layer.bias_at]
     if not biased:
         return Inapplicable("no selection bias")
     before = {name: tensor.clone() for name, tensor in tensors(subject).items()}
-    stock = truth.run_stock(subject.model, subject.inputs, biased)
     aux = AuxLosses(bias_rate=0.1)
     with aux.attach(subject.model, add_to_loss=False):
         step(subject)
         aux.step()
     expected = dict(before)
-    names = {id(tensor): name for name, tensor in tensors(subject).items()}
-    for seen in stock.layers:
-        load, bias = count(seen), before[names[id(seen.layer.selection_bias)]].clone()
-        bias.view(-1)[: len(load)] += 0.1 * (load.mean() - load).sign()
-        expected[names[id(seen.layer.selection_bias)]] = bias
+    for seen in biased:
+        name, load = bias_name(subject, seen.layer), count(seen)
+        expected[name] = before[name].clone()
+        expected[name].view(-1)[: len(load)] += 0.1 * (load.mean() - load).sign()
     after = {name: tensor.clone() for name, tensor in tensors(subject).items()}
-    with torch.no_grad():
-        for name, tensor in tensors(subject).items():
-            tensor.copy_(before[name])
+    for name, tensor in tensors(subject).items():
+        tensor.copy_(before[name])
     moved = [name for name in after if not torch.allclose(after[name].float(), expected[name].float(), atol=1e-6)]
     return f"{moved[0]} is not what it should be" if moved else None
+
+
+def bias_name(subject: Subject, layer: MoELayer) -> str:
+    """The full name of a layer's selection bias."""
+    assert layer.bias_at is not None
+    holder, attribute = layer.bias_at
+    return next(f"{name}.{attribute}" for name, module in subject.model.named_modules() if module is holder)
 
 
 def tensors(subject: Subject) -> dict[str, Tensor]:
     """All parameters and buffers."""
     both = [*subject.model.named_parameters(), *subject.model.named_buffers()]
-    return {name: tensor.detach() if isinstance(tensor, nn.Parameter) else tensor for name, tensor in both}
+    return {name: tensor.detach() for name, tensor in both}
 
 
 def wrong_bias(subject: Subject) -> str | None:
@@ -605,34 +653,30 @@ def wrong_bias(subject: Subject) -> str | None:
         for own, _ in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         if re.search(tiny_models.SELECTION_BIAS, f"{name}.{own}")
     }
-    modules = {module: name for name, module in subject.model.named_modules()}
-    ours = {f"{modules[layer.bias_at[0]]}.{layer.bias_at[1]}" for layer in subject.layers if layer.bias_at}
+    ours = {bias_name(subject, layer) for layer in subject.layers if layer.bias_at}
     if ours != theirs:
         return f"selection biases are {sorted(theirs)}, found {sorted(ours)}"
-    return next((wrong for layer in subject.layers if layer.bias_at and (wrong := no_sway(subject, layer))), None)
+    return no_sway(subject, [seen for seen in subject.stock if seen.layer.bias_at])
 
 
-def no_sway(subject: Subject, layer: MoELayer) -> str | None:
-    """With a large bias on the last expert every token must choose it, from the same scores."""
-    chosen: list[Tensor] = []
-    scores: list[Tensor] = []
-
-    def look(record: Any) -> None:
-        if record.layer.name == layer.name:
-            chosen.append(record.routing.expert)
-            scores.append(record.routing.scores)
-
-    bias = layer.selection_bias.detach().view(-1)
-    last = layer.num_experts - 1
-    with observe(subject.model, look), torch.no_grad():
-        forward(subject)
-        before = bias[last].clone()
-        bias[last] = 1e3
-        forward(subject)
-        bias[last] = before
-    if not (chosen[1] == last).any(-1).all() or (chosen[0] == last).any(-1).all():
-        return f"{layer.name}: the bias does not sway the choice"
-    return None if torch.equal(*scores) else f"{layer.name}: the bias is in the scores"
+def no_sway(subject: Subject, biased: Sequence[truth.Seen]) -> str | None:
+    """With a large bias on the last expert every token must choose it; the first of the layers from the same scores."""
+    routings: list[dict[str, Any]] = [{}, {}]
+    before = {name: tensor.clone() for name, tensor in tensors(subject).items()}
+    for routing in routings:
+        keep = lambda record, routing=routing: routing.__setitem__(record.layer.name, record.routing)
+        with observe(subject.model, keep), torch.no_grad():
+            forward(subject)
+        for seen in biased:
+            tensors(subject)[bias_name(subject, seen.layer)].view(-1)[seen.layer.num_experts - 1] = 1e3
+    for name, tensor in tensors(subject).items():
+        tensor.copy_(before[name])
+    for name, last in ((seen.layer.name, seen.layer.num_experts - 1) for seen in biased):
+        stock, swayed = ((routing[name].expert == last).any(-1).all() for routing in routings)
+        if stock or not swayed:
+            return f"{name}: the bias does not sway the choice"
+    first = [routing[biased[0].layer.name].scores for routing in routings] if biased else []
+    return "the bias is in the scores" if first and not torch.equal(*first) else None
 
 
 # --- the packages outside
@@ -670,8 +714,8 @@ CHECKS = (
     ),
     Check(
         "watched",
-        "With every expert's own output recorded: loss and logits bit-identical around `grouped_mm`, to rounding around "
-        "`eager`; every gradient to rounding (they are summed in another order).",
+        "With every expert's own output recorded: loss and logits bit-identical around `grouped_mm`, to rounding "
+        "around `eager`; every gradient to rounding (it is summed in another order).",
         watched_is_unchanged,
     ),
     Check(
@@ -752,5 +796,5 @@ def failures(package: str, results: dict[str, str | None]) -> dict[str, str]:
     """The checks that fail, and the exceptions that are none."""
     failed = {column: why for column, why in results.items() if why is not None and not isinstance(why, Inapplicable)}
     named = {column for name, column in EXCEPTIONS if name == package}
-    unneeded = {column: "holds, though it is named as an exception" for column in named - failed.keys()}
+    unneeded = dict.fromkeys(named - failed.keys(), "holds, though it is named as an exception")
     return {column: why for column, why in failed.items() if column not in named} | unneeded

@@ -3,7 +3,9 @@
 from moestro.adapters import AuxLosses as AuxLosses
 from moestro.adapters import RoutingCallback as RoutingCallback
 from moestro.adapters import RoutingMeter as RoutingMeter
+from moestro.adapters import freeze as freeze
 from moestro.adapters import observe as observe
+from moestro.adapters import parameter_groups as parameter_groups
 from moestro.errors import Misuse as Misuse
 from moestro.errors import TrainingFailed as TrainingFailed
 from moestro.models import Dense as Dense

@@ -55,8 +55,8 @@ class RoutingSums:
 class RoutingFigures:
     """One layer's routing, summed up. Information is in nats, and that of labels per choice: k of them per token.
 
-    What is called `shuffled` is the expected value of the figure before it if labels were dealt to tokens at random: few
-    tokens look specialised by chance. What is left above it is evidence.
+    What is called `shuffled` is the expected value of the figure before it if labels were dealt to tokens at random:
+    few tokens look specialised by chance. What is left above it is evidence.
     """
 
     load: list[float]

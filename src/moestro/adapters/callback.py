@@ -121,7 +121,7 @@ class RoutingCallback(TrainerCallback):
 
 
 def detach_with(callback: RoutingCallback, meter: RoutingMeter, model: nn.Module) -> Any:
-    """Attach the meter; returns what detaches it, which also happens when the callback goes (training may break off)."""
+    """Attach the meter; returns what detaches it. A callback that goes does that too: training may break off."""
     stack = ExitStack()
     stack.enter_context(meter.attach(model))
     detach = weakref.finalize(callback, stack.close)

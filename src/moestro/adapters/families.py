@@ -14,15 +14,18 @@ from moestro.models.layers import Router
 from moestro.routing import MoELayer
 
 HOW_TO_ADAPT = (
-    "describe its layers yourself, one moestro.MoELayer each (name, block, router, experts, num_experts, top_k, scores), "
-    "and pass them as layers=[...]; the experts' forward must take (hidden_states, top_k_index, top_k_weights)"
+    "describe its layers yourself, one moestro.MoELayer each (name, block, router, experts, num_experts, top_k, "
+    "scores), and pass them as layers=[...]; the experts' forward must take (hidden_states, top_k_index, top_k_weights)"
 )
 
-SIGMOID = frozenset(
-    """afmoe axk1 axk2 bailing_hybrid beam deepseek_v3 deepseek_v32 dots1 dots3_note exaone_moe flint glm4_moe
-    glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa hy_v3 hy_v4 inkling kimi_linear kolibri1 laguna lfm2_moe mimo_v2_flash
-    minimax_m2 minimax_m3_vl muse_spark nemotron_h solar_open step3p7""".split()
-)
+# fmt: off
+SIGMOID = frozenset({
+    "afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "deepseek_v3", "deepseek_v32", "dots1", "dots3_note",
+    "exaone_moe", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm_moe_dsa", "hy_v3", "hy_v4",
+    "inkling", "kimi_linear", "kolibri1", "laguna", "lfm2_moe", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl",
+    "muse_spark", "nemotron_h", "solar_open", "step3p7",
+})
+# fmt: on
 """Packages whose routers score each expert by its own sigmoid; elsewhere it is a softmax over experts."""
 
 PROBABILITIES = frozenset({"gemma4", "diffusion_gemma"})

@@ -1,10 +1,10 @@
 """Watching a model's MoE layers: every forward pass becomes a `Batch`, and every MoE layer in it a `LayerRecord`.
 
 One seam serves all models. A router's forward hook keeps what the router returned; the experts module's `forward` is
-replaced by `tapped`, which runs the original and reports. Where a listener wants each expert's own output, the original
-is called with every token repeated k times, one expert per row and weight 1: from the same matrix products, hence equal,
-for every experts backend, under LoRA, and under expert parallelism, where the original is the sender's side of the
-exchange. Nothing of the model, its configuration or transformers' registries is written to.
+replaced by `tapped`, which runs the original and reports. Where a listener wants each expert's own output, the
+original is called with every token repeated k times, one expert per row and weight 1: from the same matrix products,
+hence equal, for every experts backend, under LoRA, and under expert parallelism, where the original is the sender's
+side of the exchange. No configuration and none of transformers' registries is written to.
 """
 
 import inspect
@@ -176,8 +176,8 @@ class Watch:
         self._blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._handles: list[Any] = []
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy of a watched model is not watched."""
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
+        return self  # a copy of a watched model is not watched: its hooks lead here, to another model's
 
     def install(self) -> None:
         """Hook the model."""
@@ -247,6 +247,7 @@ class Checkpointing:
         self.watch, self.original = watch, original
 
     def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
+        """What the block calls in its forward."""
         current = self.watch.current
 
         def run_in_its_pass(*args: Any) -> Any:

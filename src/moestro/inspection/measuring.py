@@ -159,6 +159,7 @@ def measure(
     model, notes = load(checkpoint, dtype=dtype, device=conditions.device)
     check_head(model, checkpoint, tokenizer)
     meter = RoutingMeter(num_domains=len(text.domains))
+    meter.detailed = True
     evaluation = run(model, rows, meter, conditions, f"running {checkpoint.name}")
     if not np.isfinite(evaluation.nll).all():
         raise TrainingFailed(f"{checkpoint.spec} gives a loss that is not finite: are its weights whole?")

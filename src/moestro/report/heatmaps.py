@@ -75,12 +75,13 @@ def heat_map(names: Sequence[str], loads: Sequence[tuple[float, ...]]) -> Figure
         "xgap": 1 if width <= 128 else 0,
         "ygap": 1,
     }
-    return {"data": [trace], "layout": _layout(names)}
+    return {"data": [trace], "layout": _layout(names, width)}
 
 
-def _layout(names: Sequence[str]) -> Figure:
+def _layout(names: Sequence[str], width: int) -> Figure:
     layout = frame(height=(_ROW if len(names) <= _MANY_ROWS else _DENSE_ROW) * len(names) + 46)
-    layout["xaxis"] |= {"title": {"text": "expert", "standoff": 4, "font": {"size": 12}}, "nticks": 17}
+    layout["xaxis"] |= {"title": {"text": "expert", "standoff": 4, "font": {"size": 12}}}
+    layout["xaxis"] |= {"nticks": 17} if width > 17 else {"dtick": 1}  # left to itself, plotly names half an expert
     for axis in ("xaxis", "yaxis"):
         layout[axis] |= {"showgrid": False, "showline": False, "ticks": ""}
     layout["yaxis"] |= {

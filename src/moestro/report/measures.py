@@ -1,6 +1,6 @@
 """What the numbers of a layer's routing are called. A number that is not known here gets its own name, spaced."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moestro.inspection import RoutingStudy
 
@@ -16,22 +16,35 @@ class Measure:
     decimals: int = 3
     summed: bool = False
     """Over layers; otherwise layers are averaged."""
+    least: float = 0.0
+    """Figures reach at least this far from 0, so that what is next to nothing looks so."""
     meaning: str = ""
+    chance: str | None = None
+    """The field that holds what chance alone would give."""
 
 
 KNOWN = (
     Measure(
         field="max_vio_batch",
+        least=0.5,
         title="MaxVio",
         unit="batch",
         decimals=2,
         meaning="How far the busiest expert is above an even load, within a batch (mean over batches): 0 is even, 1 is "
         "twice its share. It depends on the size of the batch.",
     ),
-    Measure(field="max_vio_data", title="MaxVio", unit="all text", decimals=2, meaning="The same over the whole text."),
+    Measure(
+        field="max_vio_data",
+        title="MaxVio",
+        least=0.5,
+        unit="all text",
+        decimals=2,
+        meaning="The same over the whole text.",
+    ),
     Measure(
         field="dead_experts",
         title="dead experts",
+        least=2.0,
         decimals=0,
         summed=True,
         meaning="Experts that no token of the text chose. In sum over layers.",
@@ -46,28 +59,72 @@ KNOWN = (
     Measure(field="confidence", title="confidence", meaning="Mean score of a token's first choice, between 0 and 1."),
     Measure(
         field="mutual_information",
+        least=0.02,
         title="token–expert information",
         unit="nats",
         meaning="How much the token says about the expert: entropy of the mean scores minus mean entropy.",
     ),
     Measure(
         field="domain_mutual_information",
+        least=0.02,
         title="domain–expert information",
         unit="nats",
-        meaning="How much the domain says about the expert, from the counts of choices; a little above 0 by chance "
-        "alone where tokens are few.",
+        meaning="How much the domain says about the expert, from the counts of choices.",
+    ),
+    Measure(
+        field="sequence_mutual_information",
+        least=0.02,
+        title="sequence–expert information",
+        unit="nats",
+        meaning="How much the sequence says about the expert, from the counts of choices.",
+    ),
+    Measure(
+        field="score_square",
+        title="decidedness",
+        unit="E‖s‖²",
+        meaning="Mean squared length of the scores s of a token's own experts, scaled to sum 1: 1 when one expert "
+        "takes all, 1 / top_k when they share alike.",
+    ),
+    Measure(
+        field="mean_score_square",
+        title="imbalance",
+        unit="‖E s‖²",
+        meaning="Squared length of the mean of s: 1 / number of experts when balanced, 1 when one expert takes all.",
+    ),
+    Measure(
+        field="column_variance",
+        title="column variance",
+        unit="E‖s‖² − ‖E s‖²",
+        meaning="Variance of s over tokens, summed over experts: 0 when every token goes the same way.",
+    ),
+    Measure(
+        field="cosine",
+        least=0.1,
+        title="cosine of outputs",
+        meaning="Mean cosine between the outputs of two experts of one token, on a sample: 1 when experts do the same.",
+    ),
+    Measure(
+        field="cosine_square",
+        least=0.1,
+        title="cosine² of outputs",
+        meaning="Mean square of that cosine: about 1 / hidden size for random directions.",
+    ),
+    Measure(
+        field="overlap",
+        title="overlap",
+        meaning="Mean share of a token's nearest tokens, by the layer's input, whose first expert is another one.",
     ),
 )
+CHANCE = "_shuffled"
+"""What a field's name ends in that holds the value which chance alone would give to another."""
 
 
 def measures(study: RoutingStudy) -> list[Measure]:
-    """Every number that any layer of the study has, the known ones first."""
-    present = dict.fromkeys(name for found in study.checkpoints for layer in found.layers for name in layer.figures)
-    known = [measure for measure in KNOWN if measure.field in present]
-    others = [Measure(field=name, title=name.replace("_", " ")) for name in present if name not in names_of(KNOWN)]
-    return known + others
-
-
-def names_of(listed: tuple[Measure, ...]) -> set[str]:
-    """The fields that are listed."""
-    return {measure.field for measure in listed}
+    """Every measure that any layer of the study has a number of, the known ones first."""
+    layers = [layer for found in study.checkpoints for layer in found.layers]
+    present = dict.fromkeys(name for layer in layers for name, value in layer.figures.items() if value is not None)
+    own = [name for name in present if not (name.endswith(CHANCE) and name.removesuffix(CHANCE) in present)]
+    known = {measure.field: measure for measure in KNOWN}
+    listed = [name for name in known if name in own] + [name for name in own if name not in known]
+    found = [known.get(name) or Measure(field=name, title=name.replace("_", " ")) for name in listed]
+    return [replace(m, chance=m.field + CHANCE if m.field + CHANCE in present else None) for m in found]

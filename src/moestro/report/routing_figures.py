@@ -1,5 +1,7 @@
 """The figures of a routing study: a line per checkpoint over layers, and heat maps of loads."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from moestro.inspection import Measured, RoutingStudy
@@ -39,10 +41,23 @@ def measure_figure(study: RoutingStudy, measure: Measure) -> Figure:
     layout["xaxis"] |= {"tickvals": list(range(0, len(labels), stride)), "ticktext": labels[::stride]}
     layout["xaxis"] |= {"range": [-0.4, len(labels) - 0.6], "showgrid": False}
     layout["xaxis"] |= {"title": {"text": "layer", "standoff": 4, "font": {"size": 12}}}
-    layout["yaxis"] |= {"rangemode": "tozero", "showline": False, "nticks": 6}
+    layout["yaxis"] |= {"showline": False, "nticks": 6}
     layout["hovermode"] = "x unified"
     traces = [trace(checkpoint, index, labels, measure) for index, checkpoint in enumerate(study.checkpoints)]
+    if measure.chance is not None:
+        by_chance = replace(measure, field=measure.chance)
+        faint = [trace(checkpoint, index, labels, by_chance) for index, checkpoint in enumerate(study.checkpoints)]
+        traces += [as_chance(drawn) for drawn in faint]
+    layout["yaxis"]["range"] = bounds([y for drawn in traces for y in drawn["y"] if y is not None], measure.least)
     return {"data": traces, "layout": layout}
+
+
+def bounds(values: Sequence[float], least: float) -> list[float]:
+    """A vertical range with zero in it."""
+    high = max(0.0, least, *values)
+    low = min(0.0, -least if min(values, default=0.0) < 0 else 0.0, *values)
+    margin = 0.06 * (high - low) or 0.06
+    return [low - margin, high + margin]
 
 
 def trace(checkpoint: Measured, index: int, labels: list[str], measure: Measure) -> Figure:
@@ -61,3 +76,10 @@ def trace(checkpoint: Measured, index: int, labels: list[str], measure: Measure)
         "marker": {"size": 5, "symbol": ("circle", "square")[index % 2], "color": colour},
         "hovertemplate": f"%{{y:.{measure.decimals}f}}<extra>%{{fullData.name}}</extra>",
     }
+
+
+def as_chance(drawn: Figure) -> Figure:
+    """The line of what chance alone would give: thin and dotted."""
+    line = drawn["line"] | {"width": 1.2, "dash": "dot"}
+    template = drawn["hovertemplate"].replace("<extra>", "<extra>chance, ")
+    return drawn | {"mode": "lines", "line": line, "hovertemplate": template, "opacity": 0.75}

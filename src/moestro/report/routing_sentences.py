@@ -1,6 +1,7 @@
 """What a routing study says, in words; the same in the report and in the terminal."""
 
-from moestro.inspection import Measured, RoutingStudy
+from moestro.inspection import Measured, MeasuredLayer, RoutingStudy
+from moestro.report.measures import CHANCE
 from moestro.report.numbers import fixed, metric
 
 
@@ -14,11 +15,14 @@ def headline(study: RoutingStudy) -> str:
 
 def verdict(checkpoint: Measured) -> str:
     """Dead experts, or how uneven the load is, in a few words."""
+    return f"{alive(checkpoint)}, the busiest {fixed(busiest(checkpoint)[0], 1)} times its share"
+
+
+def alive(checkpoint: Measured) -> str:
+    """How many experts get no token."""
     experts = sum(len(layer.load) for layer in checkpoint.layers)
     dead = sum(share == 0 for layer in checkpoint.layers for share in layer.load)
-    if dead:
-        return f"{dead} of {experts} experts get no token"
-    return f"all {experts} experts get tokens, the busiest {fixed(busiest(checkpoint)[0], 1)} times its share"
+    return f"{dead} of {experts} experts get no token" if dead else f"all {experts} experts get tokens"
 
 
 def busiest(checkpoint: Measured) -> tuple[float, str, int]:
@@ -33,12 +37,20 @@ def busiest(checkpoint: Measured) -> tuple[float, str, int]:
 def summary(checkpoint: Measured) -> str:
     """Load and specialisation of one checkpoint in one sentence."""
     times, label, expert = busiest(checkpoint)
-    by_domain = [(layer.figures.get("domain_mutual_information") or 0.0, layer.label) for layer in checkpoint.layers]
-    most, where = max(by_domain)
-    words = f"{verdict(checkpoint)}; the largest load is that of expert {expert} in layer {label} ({fixed(times, 1)} ×)"
+    words = (
+        f"{alive(checkpoint)}; the busiest, expert {expert} of layer {label}, gets {fixed(times, 1)} times its share"
+    )
     if len(checkpoint.layers[0].domain_load) < 2:
         return f"{words}."
-    return f"{words}; domains part most in layer {where} ({fixed(most, 3)} nats between domain and expert)."
+    excess, where = max((above_chance(layer, "domain_mutual_information"), layer.label) for layer in checkpoint.layers)
+    return (
+        f"{words}; domains part most in layer {where} ({fixed(excess, 3)} nats between domain and expert above chance)."
+    )
+
+
+def above_chance(layer: MeasuredLayer, field: str) -> float:
+    """A number of a layer minus what chance alone would give."""
+    return (layer.figures.get(field) or 0.0) - (layer.figures.get(field + CHANCE) or 0.0)
 
 
 def text_read(study: RoutingStudy) -> str:

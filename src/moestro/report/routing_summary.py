@@ -1,10 +1,11 @@
 """The tables of a routing study, cell by cell as text: the report and the terminal print the same figures."""
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moestro.comparison import DomainLoss, HeldOut
-from moestro.inspection import Finding, Measured, RoutingStudy
+from moestro.inspection import Finding, Measured, MeasuredLayer, RoutingStudy
 from moestro.report.measures import Measure, measures
 from moestro.report.numbers import ABSENT, fixed, mean, metric, signed
 
@@ -15,6 +16,8 @@ class Row:
 
     name: str
     cells: tuple[str, ...]
+    chance: tuple[str, ...] = ()
+    """What chance alone would give; empty where that is not known."""
     detail: str = ""
     difference: str = ""
 
@@ -86,44 +89,40 @@ def read(study: RoutingStudy, domain: str) -> str:
 
 def measure_rows(study: RoutingStudy) -> tuple[Row, ...]:
     """Every measure over all layers of each checkpoint."""
-    return tuple(
-        row(
-            measure.title,
-            [over_layers(checkpoint, measure) for checkpoint in study.checkpoints],
-            measure.decimals,
-            detail=measure.unit,
-        )
-        for measure in measures(study)
+    return tuple(measure_row(measure, [found.layers for found in study.checkpoints]) for measure in measures(study))
+
+
+def measure_row(measure: Measure, layers: Sequence[Sequence[MeasuredLayer]]) -> Row:
+    """One measure over the given layers of each checkpoint."""
+    made = row(
+        measure.title,
+        [over_layers(own, measure.field, summed=measure.summed) for own in layers],
+        measure.decimals,
+        detail=measure.unit,
     )
+    if measure.chance is None:
+        return made
+    chance = [over_layers(own, measure.chance) for own in layers]
+    return replace(made, chance=tuple(fixed(value, measure.decimals) for value in chance))
 
 
-def over_layers(checkpoint: Measured, measure: Measure) -> float | None:
-    """A measure's mean (or sum) over the layers of a checkpoint."""
-    values = [layer.figures.get(measure.field) for layer in checkpoint.layers]
-    average = mean(values)
-    known = sum(value is not None for value in values)
-    return average * known if measure.summed and average is not None else average
+def over_layers(layers: Sequence[MeasuredLayer], field: str, *, summed: bool = False) -> float | None:
+    """The mean (or sum) over layers of one of their numbers."""
+    values = [value for layer in layers if (value := layer.figures.get(field)) is not None]
+    return math.fsum(values) if summed and values else mean(values)
 
 
 def layer_rows(study: RoutingStudy) -> tuple[tuple[str, tuple[Row, ...]], ...]:
     """Per layer (by label): its number of experts and its measures. Layers of one label stand side by side."""
-    labels = all_labels(study)
-    return tuple((label, tuple(layer_cells(study, label))) for label in labels)
+    return tuple((label, tuple(layer_cells(study, label))) for label in all_labels(study))
 
 
 def layer_cells(study: RoutingStudy, label: str) -> list[Row]:
     """The rows of one layer."""
     found = [by_label(checkpoint).get(label) for checkpoint in study.checkpoints]
     experts = [None if layer is None else float(len(layer.load)) for layer in found]
-    return [row("experts", experts, 0)] + [
-        row(
-            measure.title,
-            [None if layer is None else layer.figures.get(measure.field) for layer in found],
-            measure.decimals,
-            detail=measure.unit,
-        )
-        for measure in measures(study)
-    ]
+    layers = [() if layer is None else (layer,) for layer in found]
+    return [row("experts", experts, 0), *(measure_row(measure, layers) for measure in measures(study))]
 
 
 def all_labels(study: RoutingStudy) -> list[str]:
@@ -132,7 +131,7 @@ def all_labels(study: RoutingStudy) -> list[str]:
     return sorted(found, key=lambda label: [int(part) for part in label.split(".")])
 
 
-def by_label(checkpoint: Measured) -> dict:
+def by_label(checkpoint: Measured) -> dict[str, MeasuredLayer]:
     """The layers of a checkpoint by label."""
     return {layer.label: layer for layer in checkpoint.layers}
 

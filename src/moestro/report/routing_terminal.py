@@ -81,7 +81,7 @@ def print_rows(console: Console, corner: str, names: Sequence[str], rows: Sequen
     difference = ["difference"] if len(names) == 2 else []
     made = table(console, corner, [*names, *difference])
     for row in rows:
-        cells = [*row.cells, *([row.difference] if difference else [])]
+        cells = [*shown(row), *([row.difference] if difference else [])]
         made.add_row(text(console, titled(row)), *(text(console, cell) for cell in cells))
     console.print(made)
 
@@ -90,17 +90,24 @@ def print_layers(study: RoutingStudy, index: int, console: Console) -> None:
     """Every measure of every layer of one checkpoint, in as many tables as it takes."""
     own = {layer.label for layer in study.checkpoints[index].layers}
     layers = [(label, rows) for label, rows in layer_rows(study) if label in own]
-    titles = [titled(row) for row in layers[0][1]]
 
     def some(part: Sequence[int]) -> Table:
-        made = table(console, "layer", [titles[i] for i in part])
-        for label, rows in layers:
-            made.add_row(text(console, label), *(text(console, rows[i].cells[index]) for i in part))
+        made = table(console, "layer", [layers[i][0] for i in part])
+        for number, row in enumerate(layers[0][1]):
+            made.add_row(text(console, titled(row)), *(text(console, shown(layers[i][1][number])[index]) for i in part))
         return made
 
-    in_parts(console, some, len(titles))
+    in_parts(console, some, len(layers))
 
 
 def titled(row: Row) -> str:
     """A row's name and detail."""
-    return f"{row.name}, {row.detail}" if row.detail else row.name
+    name = f"{row.name}, {row.detail}" if row.detail else row.name
+    return f"{name} (chance)" if row.chance else name
+
+
+def shown(row: Row) -> tuple[str, ...]:
+    """A row's cells, with what chance would give behind them."""
+    if not row.chance:
+        return row.cells
+    return tuple(f"{cell} ({chance})" for cell, chance in zip(row.cells, row.chance, strict=True))
