@@ -471,12 +471,12 @@ def reverse(layers: Sequence[MoELayer]) -> None:
 
 
 def variance_is_right(subject: Subject) -> str | None:
-    """Value and gradients equal loops; it moves every learned router, and not the experts of the last layer."""
+    """Beside L_o values and gradients equal loops; alone it moves all learned routers, not the last layer's experts."""
     if not subject.several:
         return refused(subject, "variance")
-    values, ours = attached(subject, "variance")
-    if wrong := wrong_losses(subject, values, ours):
+    if wrong := wrong_losses(subject, *attached(subject, "orthogonality", "variance")):
         return wrong
+    _, ours = attached(subject, "variance")
     reached = {parameter for name, parameter in subject.model.named_parameters() if name in ours and ours[name].any()}
     for seen in subject.learned:
         if reached.isdisjoint(seen.layer.router.parameters()):
@@ -701,6 +701,13 @@ class Check:
 
 
 CHECKS = (
+    # First, before any other check could leave something behind.
+    Check(
+        "detach",
+        "After the context, and after an exception in it, logits are bit-identical, and hooks, attributes, config and "
+        "names of weights as before.",
+        detach_leaves_nothing,
+    ),
     Check(
         "layers",
         "`moe_layers` finds the experts modules that run and no others; the indices that they are given come from the "
@@ -742,20 +749,14 @@ CHECKS = (
     ),
     Check(
         "L_v",
-        "Variance, against the mean of the step before: value and gradients equal loops; it reaches every learned "
-        "router, and no expert of the last layer.",
+        "Variance, against the mean of the step before and beside orthogonality: values and gradients equal loops. By "
+        "itself it reaches every learned router, and no expert of the last layer.",
         variance_is_right,
     ),
     Check(
         "balance, z",
         "Values and gradients equal loops (the z-loss where routers return logits).",
         balance_and_z_are_right,
-    ),
-    Check(
-        "detach",
-        "After the context, and after an exception in it, logits are bit-identical, and hooks, attributes, config and "
-        "names of weights as before.",
-        detach_leaves_nothing,
     ),
     Check(
         "reload",

@@ -3,6 +3,9 @@
 import gc
 import json
 import math
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -135,15 +138,23 @@ def test_figures_arrive_at_reporters_in_the_history_and_in_the_file(tmp_path: Pa
 
 def test_figures_are_those_of_the_batch(tmp_path: Path):
     """The first step's, from a meter of its own on an equal model; dead experts are added up over layers."""
-    trainer_of(tiny_model(), arguments(tmp_path, max_steps=1, logging_steps=1), RoutingCallback()).train()
-    model, meter, batch = tiny_model(), RoutingMeter(training=True), ragged_batch()
+
+    def model_with_dead_experts() -> MoestroForCausalLM:
+        model = tiny_model()
+        for layer in moe_layers(model)[:2]:
+            nn.init.zeros_(layer.router.weight)  # ties go to the same experts for all tokens
+        return model
+
+    args = arguments(tmp_path, max_steps=1, logging_steps=1)
+    trainer_of(model_with_dead_experts(), args, RoutingCallback()).train()
+    model, meter = model_with_dead_experts(), RoutingMeter(training=True)
     with meter.attach(model):
-        model(**batch)
+        model(**ragged_batch())
     figures = list(meter.figures().values())
     logged = moe(lines_of(tmp_path)[0])
     assert logged["entropy"] == pytest.approx(sum(f.entropy for f in figures) / len(figures))
     assert logged["max_vio"] == pytest.approx(sum(f.max_vio_data for f in figures) / len(figures))
-    assert logged["dead_experts"] == sum(f.dead_experts for f in figures)
+    assert logged["dead_experts"] == sum(f.dead_experts for f in figures) == 4
 
 
 def test_every_layer_is_logged_where_asked(tmp_path: Path):
@@ -303,6 +314,14 @@ def test_evaluation_is_not_counted(tmp_path: Path):
     assert results[0] == results[1]
 
 
+def test_passes_without_gradients_are_not_training():
+    """A reference model's passes, in DPO and GRPO, may run in training mode."""
+    model, training, others = tiny_model(), RoutingMeter(training=True), RoutingMeter()
+    with training.attach(model), others.attach(model), torch.no_grad():
+        model(**ragged_batch())
+    assert not training.figures() and len(others.figures()) == 3
+
+
 def test_the_last_log_covers_what_no_other_did(tmp_path: Path):
     reporter = Reporter()
     args = arguments(tmp_path, max_steps=3, logging_steps=2)
@@ -406,3 +425,47 @@ def test_figures_that_are_not_finite_are_null_in_the_file(tmp_path: Path):
 
     trainer_of(tiny_model(), arguments(tmp_path, rows=4, accumulation=2), Poison(), callback).train()
     assert all(line["moe/entropy"] is None for line in lines_of(tmp_path))
+
+
+RANKS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from moestro import RoutingCallback, RoutingMeter
+from test_callback import arguments, ragged_batch, tiny_model, trainer_of
+
+model, folder, ranks = tiny_model(), Path(sys.argv[1]), int(sys.argv[2])
+trainer_of(model, arguments(folder, rows=8 // ranks), RoutingCallback("detailed")).train()
+meter = RoutingMeter()
+with meter.attach(model.eval()):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model(**ragged_batch())
+print(next(iter(meter.figures().values())).entropy, len(meter.figures()))  # a rank without a batch takes part
+if dist.is_initialized():
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_report_what_one_does(tmp_path: Path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    said, lines = [], []
+    for ranks, launcher in (
+        (1, []),
+        (2, ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]),
+    ):
+        folder = tmp_path / str(ranks)
+        command = [sys.executable, *launcher, str(tmp_path / "ranks.py"), str(folder), str(ranks)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append([line for line in done.stdout.splitlines() if line.endswith(" 3")])
+        lines.append(lines_of(folder))
+    assert len(said[0]) == 1 and len(said[1]) == 2
+    assert [line["step"] for line in lines[1]] == [2, 4]  # written by one rank
+    for one, two in zip(*lines, strict=True):
+        for name in BRIEF - {"max_vio_batch"}:  # a batch is what one rank sees
+            assert two[f"moe/{name}"] == pytest.approx(one[f"moe/{name}"], abs=1e-4), name

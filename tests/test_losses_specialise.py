@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from agreement import assert_equal
 from moestro import Batch, LayerRecord, Misuse, MoELayer, Routing, losses, reference
-from moestro.losses.inner_products import CHUNK
+from moestro.losses.inner_products import CPU_CHUNK
 from moestro.losses.outputs import RIDGE
 
 FORMS = ["projection", "cosine", "weighted", "span"]
@@ -327,8 +327,8 @@ def test_gram_gradients(monkeypatch: pytest.MonkeyPatch):
     used = torch.rand(5, 3) < 0.6
     assert used.any() and not used.all()
     masked = y.detach().masked_fill(~used[..., None], 0.0)
-    for chunk in (1, 24, CHUNK):
-        monkeypatch.setattr("moestro.losses.inner_products.CHUNK", chunk)
+    for chunk in (1, 24, CPU_CHUNK):
+        monkeypatch.setattr("moestro.losses.inner_products.CPU_CHUNK", chunk)
         torch.testing.assert_close(losses.gram(y), y @ y.mT)
         torch.testing.assert_close(losses.gram(y, used), masked @ masked.mT)
         assert torch.autograd.gradcheck(losses.gram, (y, used))
@@ -338,7 +338,7 @@ def test_gram_gradients(monkeypatch: pytest.MonkeyPatch):
 
 def test_gram_keeps_and_makes_no_copy_of_the_outputs(monkeypatch: pytest.MonkeyPatch):
     """Saved are the outputs themselves; what is made in fp32 on the way is no larger than a chunk."""
-    monkeypatch.setattr("moestro.losses.inner_products.CHUNK", 2 * 3 * 16)
+    monkeypatch.setattr("moestro.losses.inner_products.CPU_CHUNK", 2 * 3 * 16)
     y = torch.randn(10, 3, 16).bfloat16().requires_grad_()
     used = torch.ones(10, 3, dtype=torch.bool)
     kept: list[Tensor] = []

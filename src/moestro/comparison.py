@@ -102,6 +102,10 @@ class LayerStatistics:
     """Between token and expert, in nats, from the routing scores."""
     domain_mutual_information: float | None = None
     """Between domain and expert, in nats, from the choices."""
+    domain_mutual_information_shuffled: float | None = None
+    """What it would be if the tokens' domains were shuffled: that much is chance."""
+    column_variance: float | None = None
+    """Variance over tokens of their scores after top-k, summed over experts: 0 when collapsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

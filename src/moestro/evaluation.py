@@ -104,6 +104,8 @@ def layer_statistics(meter: RoutingMeter, domains: Sequence[str]) -> tuple[Layer
             confidence=figures.confidence,
             mutual_information=figures.mutual_information,
             domain_mutual_information=figures.domain_mutual_information,
+            domain_mutual_information_shuffled=figures.domain_mutual_information_shuffled,
+            column_variance=figures.column_variance,
         )
         for name, figures in meter.figures().items()
     )

@@ -31,6 +31,9 @@ SIGMOID = frozenset({
 PROBABILITIES = frozenset({"gemma4", "diffusion_gemma"})
 """Packages whose routers return probabilities where others return logits."""
 
+SKIPPING = frozenset({"zaya"})
+"""Packages whose routers may send a token to no expert at all, and then say expert 0 with weight 0."""
+
 EXPERTS_ARGUMENTS = {
     ("hidden_states", "top_k_index", "top_k_weights"),
     ("hidden_states", "router_indices", "routing_weights"),

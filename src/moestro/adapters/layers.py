@@ -99,4 +99,5 @@ def routing_of(layer: MoELayer, routed: Any, expert: Tensor, weight: Tensor) -> 
         ]
         scores = simplex(returned, layer.scores)
         logits = None if layer.scores == "probabilities" else returned.float()
-    return Routing(expert=expert, weight=weight, logits=logits, scores=scores)
+    edge = weight != 0 if families.package(layer.router) in families.SKIPPING else None
+    return Routing(expert=expert, weight=weight, logits=logits, scores=scores, edge=edge)

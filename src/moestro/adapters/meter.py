@@ -101,11 +101,6 @@ def outputs_of(record: LayerRecord) -> Float[Tensor, "tokens k dim"]:
     tap: Tap = getattr(layer.experts, TAP)
     run = tap.original or type(layer.experts).forward.__get__(layer.experts)
     rows = hidden.repeat_interleave(routing.expert.shape[1], dim=0)
-    kind = hidden.device.type
-    # Autocast would keep weights that were cast without gradients, for a pass that needs them with gradients.
-    autocast = torch.autocast(
-        kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
-    )
-    with torch.random.fork_rng([] if kind == "cpu" else [hidden.device]), autocast:
+    with torch.random.fork_rng([] if hidden.device.type == "cpu" else [hidden.device]):
         outputs = run(rows, routing.expert.reshape(-1, 1), torch.ones_like(routing.weight).view(-1, 1))
     return outputs.view(*routing.expert.shape, -1)

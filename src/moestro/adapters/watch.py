@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from moestro.adapters.batch import describe
 from moestro.adapters.layers import inner_model, moe_layers, routing_of
 from moestro.errors import Misuse
+from moestro.models.grouped_padded import PADDED_MM, unmixed
 from moestro.routing import Batch, LayerRecord, MoELayer
 
 TAP, WATCH = "_moestro_tap", "_moestro_watch"
@@ -66,9 +67,9 @@ class Listener:
 class Tap:
     """What stands beside one experts module while it is watched."""
 
-    def __init__(self, layer: MoELayer, watch: "Watch") -> None:
-        self.layer = layer
-        self.watch: Watch | None = watch
+    def __init__(self, layer: MoELayer, watch: "Watch | None", *, of_inputs: bool = True) -> None:
+        self.layer, self.of_inputs = layer, of_inputs
+        self.watch = watch
         self.original: Callable[..., Tensor] | None = None
         """The `forward` of the instance, where it had its own (expert parallelism); None means its class's."""
         self.routed: Any = None
@@ -78,8 +79,8 @@ class Tap:
         self.consumers: list[Callable[[LayerRecord], None]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
-        copy = Tap(self.layer, self.watch)  # type: ignore[arg-type]
-        copy.original, copy.watch = self.original, None  # a copy of a watched model is not watched
+        copy = Tap(self.layer, None)  # a copy of a watched model is not watched
+        copy.original = self.original
         return copy
 
     def install(self) -> Any:
@@ -122,7 +123,7 @@ class Tap:
         routing = routing_of(self.layer, routed, expert, weight)
         record = LayerRecord(
             layer=self.layer,
-            batch=fitting(current.batch, hidden),
+            batch=fitting(current.batch, hidden, of_inputs=self.of_inputs),
             hidden=hidden,
             proposed=routing,
             routing=routing,
@@ -142,20 +143,42 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     if current is None or not current.wants_outputs:
         mixed, outputs = run(hidden_states, top_k_index, top_k_weights, *args), None
     else:
-        tokens, k = top_k_index.shape
-        rows, one_each = hidden.repeat_interleave(k, dim=0), torch.ones_like(top_k_weights).view(-1, 1)
-        outputs = run(rows, top_k_index.reshape(-1, 1), one_each, *args).view(tokens, k, -1)
+        outputs = outputs_of(self, tap, hidden, top_k_index, top_k_weights, *args)
         mixed = (outputs * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
     tap.report(hidden, top_k_index, top_k_weights, outputs)
     return mixed
 
 
-def fitting(batch: Batch, hidden: Float[Tensor, "tokens dim"]) -> Batch:
-    """The batch, where the layer was given all of its tokens; else one sequence of as many tokens as it was given."""
-    tokens = hidden.shape[0]
-    if batch.sequence.shape[0] == tokens:
+def outputs_of(
+    experts: nn.Module,
+    tap: Tap,
+    hidden: Float[Tensor, "tokens dim"],
+    index: Int[Tensor, "tokens k"],
+    weight: Float[Tensor, "tokens k"],
+    *args: Any,
+) -> Float[Tensor, "tokens k dim"]:
+    """Each chosen expert's own output, by the backend in use."""
+    backend = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if tap.original is None and hasattr(experts, "is_transposed") and backend in (PADDED_MM, "grouped_mm"):
+        return unmixed(experts, hidden, index, backend)
+    run = tap.original or type(experts).forward.__get__(experts)
+    rows, one_each = hidden.repeat_interleave(index.shape[1], dim=0), torch.ones_like(weight).view(-1, 1)
+    return run(rows, index.reshape(-1, 1), one_each, *args).view(*index.shape, -1)
+
+
+def fitting(batch: Batch, hidden: Float[Tensor, "tokens dim"], *, of_inputs: bool) -> Batch:
+    """The batch, where the layer was given the tokens that it describes; else as many rows of tokens unknown."""
+    tokens, rows = hidden.shape[0], batch.num_sequences
+    if of_inputs and batch.sequence.shape[0] == tokens:
         return batch
-    return Batch(sequence=torch.zeros(tokens, dtype=torch.long, device=hidden.device), num_sequences=1)
+    rows = rows if tokens % rows == 0 else 1
+    row = torch.arange(rows, device=hidden.device)
+    return Batch(sequence=row.repeat_interleave(tokens // rows), num_sequences=rows)
+
+
+def reads_inputs(layer: MoELayer, layers: Sequence[MoELayer]) -> bool:
+    """Whether the model's input_ids are the layer's tokens; a decoder beside an encoder has tokens of its own."""
+    return ".decoder." not in layer.name or not any(".encoder." in other.name for other in layers)
 
 
 class Watch:
@@ -163,7 +186,7 @@ class Watch:
 
     def __init__(self, model: nn.Module, layers: Sequence[MoELayer]) -> None:
         self.model = model
-        self.taps = [Tap(layer, self) for layer in layers]
+        self.taps = [Tap(layer, self, of_inputs=reads_inputs(layer, layers)) for layer in layers]
         self.listeners: list[Listener] = []
         self.current: Pass | None = None
         """The pass that the layer now running belongs to."""

@@ -5,6 +5,7 @@ them. Code that a checkpoint brings along is never run.
 """
 
 import json
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,8 @@ def find_one(spec: str, name: str) -> Checkpoint:
     """One checkpoint by what the user typed."""
     folder = Path(spec).expanduser()
     if not folder.exists():
+        if not is_hub_name(spec):
+            raise Misuse(f"{spec} does not exist")
         return Checkpoint(spec=spec, name=name, place=spec, config=read_config(spec, spec))
     if (folder / ADAPTER).exists():
         base = base_of(folder)
@@ -74,6 +77,11 @@ def find_one(spec: str, name: str) -> Checkpoint:
     return Checkpoint(spec=spec, name=name, place=str(folder), config=read_config(str(folder), spec))
 
 
+def is_hub_name(spec: str) -> bool:
+    """Whether this may be a name on the hub: "owner/name" or "name"."""
+    return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", spec) is not None
+
+
 def base_of(adapter: Path) -> str:
     """The model that an adapter was trained on; a relative folder may be relative to the adapter's."""
     try:
@@ -82,7 +90,11 @@ def base_of(adapter: Path) -> str:
         raise Misuse(f"{adapter / ADAPTER} must name its base_model_name_or_path: {said(error)}") from error
     if not isinstance(base, str) or not base:
         raise Misuse(f"{adapter / ADAPTER} must name its base_model_name_or_path, got {base!r}")
-    return str(adapter / base) if not Path(base).exists() and (adapter / base / CONFIG).exists() else base
+    if not Path(base).exists() and (adapter / base / CONFIG).exists():
+        return str(adapter / base)
+    if not Path(base).exists() and not is_hub_name(base):
+        raise Misuse(f"the base model of {adapter} does not exist: {base}")
+    return base
 
 
 def read_config(place: str, spec: str) -> PreTrainedConfig:
@@ -146,7 +158,11 @@ def load(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) ->
     check_memory(checkpoint, dtype, device)
     try:
         model, info = model_class(checkpoint).from_pretrained(
-            checkpoint.place, dtype=dtype, device_map={"": device}, output_loading_info=True, trust_remote_code=False
+            checkpoint.place,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         if checkpoint.adapter:
             with warnings.catch_warnings():
@@ -154,6 +170,12 @@ def load(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) ->
                 model = import_peft(checkpoint).PeftModel.from_pretrained(model, checkpoint.adapter)
     except _UNREADABLE as error:
         raise Misuse(f"the weights of {checkpoint.spec} cannot be read: {said(error)}") from error
+    if info["mismatched_keys"]:
+        name, stored, built = sorted(info["mismatched_keys"])[0]
+        raise Misuse(
+            f"the weights of {checkpoint.spec} do not fit its config: {name} is {tuple(stored)} in the file and "
+            f"{tuple(built)} by the config"
+        )
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise Misuse(f"the weights of {checkpoint.spec} are not complete: {missing[0]}{more} would stay random")

@@ -108,6 +108,8 @@ def study(
     **about: Any,
 ) -> RoutingStudy:
     """Run one model after the other over the text. `about`: version, command and environment."""
+    if conditions.batch_tokens < 1:
+        raise Misuse(f"batch_tokens must be at least 1, got {conditions.batch_tokens}")
     tokenizers = [tokenizer_of(checkpoint, conditions.tokenizer) for checkpoint in checkpoints]
     longest = min(fitting_length(checkpoint, conditions.sequence_length) for checkpoint in checkpoints)
     with ExitStack() as stack:

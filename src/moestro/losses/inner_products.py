@@ -8,8 +8,8 @@ from torch import Tensor
 
 from moestro.losses.per_sequence import full_precision
 
-CHUNK = 2**24
-"""Numbers converted to fp32 at a time: 64 MiB."""
+CHUNK, CPU_CHUNK = 2**24, 2**18
+"""Numbers converted to fp32 at a time: 64 MiB; on a CPU what stays in its cache, and in memory that is not returned."""
 
 SHORTEST = 1e-20
 """Squared lengths are taken as at least this, so that cosines with a zero vector are 0 and have finite gradients."""
@@ -62,15 +62,19 @@ class _Gram(torch.autograd.Function):
         with torch.autocast(outputs.device.type, enabled=False):
             for part in _parts(outputs):
                 both = grad_gram[part] + grad_gram[part].mT
-                grad = torch.bmm(both, _rows(outputs, used, part))
-                result[part] = _masked(grad, used, part).to(outputs.dtype)
+                rows = _rows(outputs, used, part)
+                if result.dtype == rows.dtype and used is None and not torch.is_grad_enabled():
+                    torch.bmm(both, rows, out=result[part])  # one pass over memory less
+                else:
+                    result[part] = _masked(torch.bmm(both, rows), used, part).to(outputs.dtype)
         return result, None
 
 
 def _parts(outputs: Tensor) -> list[slice]:
     """The tokens in chunks."""
     tokens, k, dim = outputs.shape
-    step = max(1, CHUNK // max(1, k * dim))
+    chunk = CPU_CHUNK if outputs.device.type == "cpu" else CHUNK
+    step = max(1, chunk // max(1, k * dim))
     return [slice(start, start + step) for start in range(0, tokens, step)]
 
 

@@ -48,18 +48,43 @@ def padded_mm_experts_forward(
         Per token, the sum over its experts of weight * output, in the dtype of `hidden_states`.
     """
     experts: Any = self  # the decorator and the model's own class set what is read below
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    dtype = _compute_dtype(experts.down_proj)
-    layout = _lay_out(top_k_index, experts, dtype)
+    layout, rows = _run(experts, hidden_states, top_k_index, _compute_dtype(experts.down_proj))
+    mixed = _Mix.apply(rows, top_k_weights, layout.row_of_pair, layout.pair_of_row, layout.token_of_row)
+    return mixed.to(hidden_states.dtype)
 
+
+def unmixed(
+    self: nn.Module, hidden_states: Float[Tensor, "tokens dim"], top_k_index: Int[Tensor, "tokens k"], backend: str
+) -> Float[Tensor, "tokens k out"]:
+    """What `backend` ("padded_mm" or transformers' "grouped_mm") would weight and add up: each expert's own output.
+
+    The same matrix products row by row, without the copies that calling the backend with one expert per row takes.
+    """
+    experts: Any = self
+    # transformers' grouped_mm computes in the dtype of the weights, under autocast too.
+    dtype = _compute_dtype(experts.down_proj) if backend == PADDED_MM else experts.down_proj.dtype
+    layout, rows = _run(experts, hidden_states, top_k_index, dtype, padded=backend == PADDED_MM)
+    return _Collect.apply(rows, layout.row_of_pair, layout.pair_of_row)
+
+
+def _run(
+    experts: Any,
+    hidden_states: Float[Tensor, "tokens dim"],
+    top_k_index: Int[Tensor, "tokens k"],
+    dtype: torch.dtype,
+    *,
+    padded: bool = True,
+) -> tuple["_Layout", Float[Tensor, "rows out"]]:
+    """Each row's output, not yet weighted."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    layout = _lay_out(top_k_index, experts, dtype, padded=padded)
     rows = _Dispatch.apply(hidden_states, layout.row_of_pair, layout.token_of_row, dtype)
     rows = _linear(layout.mask(rows), experts, up, layout)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
     rows = _linear(rows, experts, "down_proj", layout)
     if experts.has_post_expert_norm:
         rows = experts.post_expert_norm(rows)
-    mixed = _Mix.apply(rows, top_k_weights, layout.row_of_pair, layout.pair_of_row, layout.token_of_row)
-    return mixed.to(hidden_states.dtype)
+    return layout, rows
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
@@ -105,11 +130,13 @@ class _Layout:
         return torch.searchsorted(self.ends, row, right=True).clamp(max=len(self.ends) - 1)
 
 
-def _lay_out(expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch.dtype) -> _Layout:
+def _lay_out(
+    expert_of_pair: Int[Tensor, "tokens k"], experts: Any, dtype: torch.dtype, *, padded: bool = True
+) -> _Layout:
     """Sort the pairs by expert, and give each expert as many rows as its pairs need."""
     tokens, k = expert_of_pair.shape
     flat, device = expert_of_pair.flatten(), expert_of_pair.device
-    multiple = _rows_multiple(len(flat), experts.num_experts, dtype, device)
+    multiple = _rows_multiple(len(flat), experts.num_experts, dtype, device) if padded else 1
     experts_and_foreign = torch.arange(experts.num_experts + 1, device=device)
 
     pair_in_order = torch.argsort(flat, stable=True)
@@ -182,6 +209,21 @@ class _Mix(Function):
         if ctx.needs_input_grad[1]:
             grad_weight = (rows * grad_of_row).sum(-1, dtype=weight.dtype)[row_of_pair]
         return grad_of_row.mul_(weight_of_row), grad_weight, None, None, None
+
+
+class _Collect(Function):
+    """Rows in the order of pairs. Gradients are zero in rows of zeros."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, row_of_pair: Tensor, pair_of_row: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_pair, pair_of_row)
+        return rows.index_select(0, row_of_pair.flatten()).view(*row_of_pair.shape, rows.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        row_of_pair, pair_of_row = ctx.saved_tensors
+        return _take(grad.flatten(0, 1), pair_of_row, row_of_pair), None, None
 
 
 def _take(x: Float[Tensor, "n dim"], index: Int[Tensor, " rows"], pairs: Tensor) -> Float[Tensor, "rows dim"]:

@@ -72,7 +72,7 @@ def heat_map(names: Sequence[str], loads: Sequence[tuple[float, ...]]) -> Figure
         "zmax": _LIMIT,
         "colorscale": _COLOURS,
         "showscale": False,
-        "xgap": 1 if width <= 128 else 0,
+        "xgap": 1 if width <= 64 else 0,
         "ygap": 1,
     }
     return {"data": [trace], "layout": _layout(names, width)}

@@ -5,9 +5,10 @@ single fields, and flags override fields of every recipe.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal
 
+from moestro.adapters import AuxLosses
 from moestro.errors import Misuse
 from moestro.models.configuration import Dense, MoE, MoestroConfig, SubLayer
 from moestro.routers import RouterRule
@@ -56,8 +57,18 @@ class Losses:
 
     balance: float = 0.0
     balance_over: Literal["sequence", "batch", "lagged"] = "lagged"
+    orthogonality: float = 0.0
+    orthogonality_form: Literal["projection", "cosine", "weighted", "span"] = "projection"
+    variance: float = 0.0
+    variance_over: Literal["sequence", "batch", "lagged"] = "lagged"
+    variance_form: Literal["column", "row"] = "column"
+    variance_cap: float | None = None
     router_z: float = 0.0
+    router_orthogonality: float = 0.0
+    simbal: float = 0.0
     bias_rate: float = 0.0
+    scaling: Literal["weight", "relative"] = "weight"
+    warmup_steps: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +139,7 @@ class Recipe:
             isinstance(spec, MoE) and spec.router.selection_bias for spec in self.model.block
         ):
             raise Misuse("bias_rate needs a router with a selection bias, and this recipe has none: set it to 0")
+        AuxLosses(**asdict(self.losses))  # it knows what its fields must be
         self.model.config(t.sequence_length)
         return self
 

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +114,8 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
     if recipe.training.dtype == "bfloat16" and not torch.cuda.is_available():
         model.set_experts_implementation(PADDED_MM)
     if recipe.training.compile:
+        # Layers differ in who listens to them, so each has a graph for training and one for evaluation.
+        torch._dynamo.config.recompile_limit = 8 + 2 * len(model.model.layers)
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     return model
@@ -130,13 +132,7 @@ def build_trainer(
     options: Options,
 ) -> tuple[PretrainingTrainer, Interruption]:
     """The trainer with its losses, meters and callbacks, and what listens for Ctrl-C."""
-    losses, interruption = recipe.losses, Interruption()
-    aux = AuxLosses(
-        balance=losses.balance,
-        balance_over=losses.balance_over,
-        router_z=losses.router_z,
-        bias_rate=losses.bias_rate,
-    )
+    aux, interruption = AuxLosses(**asdict(recipe.losses)), Interruption()
     trainer = PretrainingTrainer(
         model=model,
         args=training_arguments(recipe, folder, seed, options),

@@ -28,5 +28,7 @@
   layer.addEventListener("change", showLayer);
   previous.addEventListener("click", step(-1));
   next.addEventListener("click", step(1));
+  const shared = [...layer.options].find((option) => figures.domains.every((layers) => option.value in layers));
+  if (shared) shared.selected = true;
   showLayer();
 })();
