@@ -1,7 +1,7 @@
 """What orthogonality and variance losses cost beside load balance: step time paired in one run, and peak memory.
 
 One Qwen3-MoE model; the arms take turns on the same new batch of random tokens each round. Each ratio is to "balance"
-of the same round; the table gives its median and quartiles. A step is forward, loss, backward, AdamW and zero_grad. On a
+of the same round; the table gives its median and quartiles. A step is forward, loss, backward, AdamW, zero_grad. On a
 GPU peak memory is what torch allocated in the arm's steps; on a CPU it is the resident set of a process of its own.
 
     python benchmarks/specialise_overhead.py --threads 1
@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 import torch
 import transformers
 import tyro
+from experts_backend import processor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from experts_backend import processor
 from moestro import AuxLosses
 
 ARMS: dict[str, dict[str, float | str]] = {
@@ -138,10 +138,14 @@ def peak_gib(sizes: Sizes, arm: str) -> float:
         for _ in range(3):
             bench.step(arm, bench.batch())
         return torch.cuda.max_memory_allocated() / 2**30
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in asdict(sizes).items() if not isinstance(value, bool)]
-    flags += [f"--{'' if value else 'no-'}{name}" for name, value in asdict(sizes).items() if isinstance(value, bool)]
-    flags = [flag for flag in flags if not flag.startswith("--only")]
-    done = subprocess.run([sys.executable, __file__, *flags, f"--only={arm}"], capture_output=True, text=True, check=True)
+    flags = [f"--only={arm}"]
+    for name, value in asdict(sizes).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif name != "only":
+            flags.append(f"--{flag}={value}")
+    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 

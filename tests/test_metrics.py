@@ -12,14 +12,8 @@ from sklearn.metrics.cluster import contingency_matrix
 from sklearn.metrics.cluster import expected_mutual_information as sklearn_expected
 from torch import nn
 
-from moestro.metrics import (
-    expected_mutual_information,
-    mutual_information,
-    no_sums,
-    routing_figures,
-    routing_sums,
-    subset,
-)
+from moestro.information import expected_mutual_information, mutual_information
+from moestro.metrics import no_sums, routing_figures, routing_sums, subset
 from moestro.routers import RouterRule, route
 from moestro.routing import Batch, LayerRecord, MoELayer, Routing
 

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, but for the checkpoint's name, for which a tiny one of the same family stands in.
+"""The README's Python runs as it stands, but for the checkpoint, for which a tiny one of the same family stands in.
 
 And TRL must be told where there is no GPU.
 """

@@ -1,16 +1,11 @@
 """The tiny models: one of every package with routed experts builds, runs, and trains its routers."""
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import tiny_models  # scripts is not a package
 
 
 def named(packages: list[str]) -> list[Any]:

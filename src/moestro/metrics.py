@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moestro.information import expected_mutual_information, mutual_information, total_entropy
 from moestro.losses import gram, slot_scores
 from moestro.losses.inner_products import correlation, off_diagonal
 from moestro.routing import Batch, LayerRecord, choices_per_group, chosen
@@ -175,12 +176,6 @@ def slot_score_sums(record: LayerRecord) -> dict[str, Tensor]:
     return {"slot_score": total, "slot_score_square": share.square().sum()}
 
 
-def total_entropy(count: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
-    """Sum over rows of the row's count times its entropy in nats: it adds up over batches."""
-    total = count.sum(-1)
-    return torch.xlogy(total, total).sum() - torch.xlogy(count, count).sum()
-
-
 def cosine_sums(sample: LayerRecord | None, one: Float[Tensor, ""]) -> dict[str, Tensor]:
     """Sums of the cosine of two experts' outputs, over the ordered pairs of each token's edges; 0 for a zero vector."""
     if sample is None or sample.outputs is None:
@@ -298,13 +293,6 @@ def normalised(count: Float[Tensor, "*rows experts"]) -> Float[Tensor, "*rows ex
     return count / count.sum(-1, keepdim=True).clamp_min(1)
 
 
-def mutual_information(count: Float[Tensor, "rows columns"]) -> Float[Tensor, ""]:
-    """Mutual information of rows and columns of a table of counts, in nats."""
-    joint = count / count.sum().clamp_min(1)
-    entropy = torch.special.entr
-    return entropy(joint.sum(0)).sum() + entropy(joint.sum(1)).sum() - entropy(joint).sum()
-
-
 def shuffled_domains(sums: RoutingSums) -> Float[Tensor, ""]:
     """Expected mutual information of domain and expert if the tokens' domains were shuffled."""
     edges_per_token = sums.choices.sum() / sums.tokens.clamp_min(1)
@@ -323,49 +311,3 @@ def shuffled_sequences(sums: RoutingSums) -> Float[Tensor, ""]:
     longer = sums.tokens - shorter * sequences  # so many sequences have a token more than the others
     tokens, times = torch.stack([shorter, shorter + 1]), torch.stack([sequences - longer, longer])
     return expected_mutual_information(tokens, times, sums.choices.sum(0))
-
-
-EXACT_BELOW, TERMS = 50.0, 160
-"""Cells with smaller expected counts are summed exactly, term by term: 160 is 15 standard deviations above 50."""
-
-
-def expected_mutual_information(
-    tokens: Float[Tensor, " labels"], times: Float[Tensor, " labels"], chosen_by: Float[Tensor, " experts"]
-) -> Float[Tensor, ""]:
-    """Mutual information of label and expert, in nats per choice, expected over all ways to deal labels to tokens.
-
-    `times` labels have `tokens` tokens each; `chosen_by` tokens chose each expert (each of them once). A token's
-    choices stay together, so the tokens of one label that chose an expert are n ~ hypergeometric, m its mean, and the
-    expectation is sum over labels and experts of E[n log(n / m)] / choices. With one choice per token it is the
-    "expected mutual information" of the adjusted mutual information score. From `EXACT_BELOW` on E[n log(n / m)] is
-    variance / 2m, within 0.4 %.
-    """
-    everything, choices = (tokens * times).sum(), chosen_by.sum()
-    if everything < 2 or choices == 0:
-        return torch.zeros_like(choices)
-    draws, hits = torch.broadcast_tensors(tokens[:, None], chosen_by.clamp_max(everything)[None])
-    mean = (draws * hits / everything).clamp_min(1e-300)
-    value = (1 - hits / everything) * (everything - draws) / (everything - 1) / 2
-    small = mean < EXACT_BELOW
-    value = value.masked_scatter(small, _exactly(draws[small], hits[small], everything, mean[small]))
-    return (times[:, None] * value).sum() / choices
-
-
-def _exactly(
-    draws: Float[Tensor, " cells"],
-    hits: Float[Tensor, " cells"],
-    everything: Float[Tensor, ""],
-    mean: Float[Tensor, " cells"],
-) -> Float[Tensor, " cells"]:
-    """E[n log(n / mean)] where n of `draws` tokens are among the `hits` of `everything`."""
-    draws, hits, mean = draws[:, None], hits[:, None], mean[:, None]
-    n = torch.arange(TERMS + 1, dtype=mean.dtype, device=mean.device)
-    possible = (n <= hits) & (n <= draws) & (draws - n <= everything - hits)
-    log_p = _log_choose(hits, n) + _log_choose(everything - hits, draws - n) - _log_choose(everything, draws)
-    p = log_p.masked_fill(~possible, float("-inf")).exp()
-    return (p * torch.xlogy(n, n / mean)).sum(-1)
-
-
-def _log_choose(n: Float[Tensor, "..."], k: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """Log of n over k; anything where that is impossible."""
-    return torch.lgamma(n + 1) - torch.lgamma(k.clamp_min(0) + 1) - torch.lgamma((n - k).clamp_min(0) + 1)

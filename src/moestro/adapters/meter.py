@@ -97,10 +97,6 @@ def sample_of(record: LayerRecord) -> LayerRecord:
 
 def outputs_of(record: LayerRecord) -> Float[Tensor, "tokens k dim"]:
     """What each chosen expert of a watched layer makes of the tokens, run once more."""
-    layer, hidden, routing = record.layer, record.hidden, record.routing
-    tap: Tap = getattr(layer.experts, TAP)
-    run = tap.original or type(layer.experts).forward.__get__(layer.experts)
-    rows = hidden.repeat_interleave(routing.expert.shape[1], dim=0)
-    with torch.random.fork_rng([] if hidden.device.type == "cpu" else [hidden.device]):
-        outputs = run(rows, routing.expert.reshape(-1, 1), torch.ones_like(routing.weight).view(-1, 1))
-    return outputs.view(*routing.expert.shape, -1)
+    tap: Tap = getattr(record.layer.experts, TAP)
+    with torch.random.fork_rng([] if record.hidden.device.type == "cpu" else [record.hidden.device]):
+        return tap.outputs(record.hidden, record.routing.expert, record.routing.weight)

@@ -100,6 +100,25 @@ class Tap:
             experts.forward = self.original
         delattr(experts, TAP)
 
+    def run(self, *args: Any) -> Tensor:
+        """What the experts would do unwatched."""
+        return (self.original or type(self.layer.experts).forward.__get__(self.layer.experts))(*args)
+
+    def outputs(
+        self,
+        hidden: Float[Tensor, "tokens dim"],
+        index: Int[Tensor, "tokens k"],
+        weight: Float[Tensor, "tokens k"],
+        *args: Any,
+    ) -> Float[Tensor, "tokens k out"]:
+        """Each chosen expert's own output, by the backend in use."""
+        experts = self.layer.experts
+        backend = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+        if self.original is None and hasattr(experts, "is_transposed") and backend in (PADDED_MM, "grouped_mm"):
+            return unmixed(experts, hidden, index, backend)
+        rows, one_each = hidden.repeat_interleave(index.shape[1], dim=0), torch.ones_like(weight).view(-1, 1)
+        return self.run(rows, index.reshape(-1, 1), one_each, *args).view(*index.shape, -1)
+
     def keep(self, router: nn.Module, args: Any, output: Any) -> None:
         """A forward hook on the router."""
         self.routed = output
@@ -112,13 +131,15 @@ class Tap:
         outputs: Float[Tensor, "tokens k dim"] | None,
     ) -> None:
         """Hand this layer's record to whoever listens."""
-        current = self.watch.current if self.watch else None
+        if self.watch is None:
+            return
+        current = self.watch.current
         routed, self.routed = self.routed, None
         if current is None:
             return  # the layer was called by itself, before any pass of the model
         if current.open:
             self.firings += 1
-            if current.training and not torch.is_grad_enabled():
+            if current.training and not torch.is_grad_enabled() and self.watch.adds_losses:
                 raise Misuse(REENTRANT)
         routing = routing_of(self.layer, routed, expert, weight)
         record = LayerRecord(
@@ -137,33 +158,15 @@ class Tap:
 def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
     """The `forward` of a watched experts module."""
     tap: Tap = getattr(self, TAP)
-    run = tap.original or type(self).forward.__get__(self)
     current = tap.watch.current if tap.watch else None
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     if current is None or not current.wants_outputs:
-        mixed, outputs = run(hidden_states, top_k_index, top_k_weights, *args), None
+        mixed, outputs = tap.run(hidden_states, top_k_index, top_k_weights, *args), None
     else:
-        outputs = outputs_of(self, tap, hidden, top_k_index, top_k_weights, *args)
+        outputs = tap.outputs(hidden, top_k_index, top_k_weights, *args)
         mixed = (outputs * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
     tap.report(hidden, top_k_index, top_k_weights, outputs)
     return mixed
-
-
-def outputs_of(
-    experts: nn.Module,
-    tap: Tap,
-    hidden: Float[Tensor, "tokens dim"],
-    index: Int[Tensor, "tokens k"],
-    weight: Float[Tensor, "tokens k"],
-    *args: Any,
-) -> Float[Tensor, "tokens k dim"]:
-    """Each chosen expert's own output, by the backend in use."""
-    backend = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-    if tap.original is None and hasattr(experts, "is_transposed") and backend in (PADDED_MM, "grouped_mm"):
-        return unmixed(experts, hidden, index, backend)
-    run = tap.original or type(experts).forward.__get__(experts)
-    rows, one_each = hidden.repeat_interleave(index.shape[1], dim=0), torch.ones_like(weight).view(-1, 1)
-    return run(rows, index.reshape(-1, 1), one_each, *args).view(*index.shape, -1)
 
 
 def fitting(batch: Batch, hidden: Float[Tensor, "tokens dim"], *, of_inputs: bool) -> Batch:
@@ -201,6 +204,11 @@ class Watch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
         return self  # a copy of a watched model is not watched: its hooks lead here, to another model's
+
+    @property
+    def adds_losses(self) -> bool:
+        """Whether a listener adds losses to the gradient, and does not only count."""
+        return any(listener.adds_losses for listener in self.listeners)
 
     def install(self) -> None:
         """Hook the model."""
@@ -258,7 +266,7 @@ class Watch:
             run = block.__dict__.get("_gradient_checkpointing_func")
             if not block.gradient_checkpointing or run is None or isinstance(run, Checkpointing):
                 continue
-            if getattr(run, "keywords", {}).get("use_reentrant"):
+            if getattr(run, "keywords", {}).get("use_reentrant") and self.adds_losses:
                 raise Misuse(REENTRANT)
             block._gradient_checkpointing_func = Checkpointing(self, run)
 
@@ -289,7 +297,7 @@ def watch(model: nn.Module, listener: Listener, layers: Sequence[MoELayer] | Non
     model = inner_model(model)
     found: Watch | None = getattr(model, WATCH, None)
     watching = found or Watch(model, layers or moe_layers(model))
-    if listener.adds_losses and any(other.adds_losses for other in watching.listeners):
+    if listener.adds_losses and watching.adds_losses:
         raise Misuse("AuxLosses are attached already to this model: detach them first")
     if found is None:
         watching.install()
