@@ -2,10 +2,10 @@
 
 import json
 import random
-import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import tiny_models
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -13,10 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import moestro
 from command_line import WORDS
 from moestro.data.tokenizer import train_tokenizer
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import tiny_models  # scripts is not a package
 
 VOCABULARY = 280
 

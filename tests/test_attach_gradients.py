@@ -188,6 +188,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_same_gradient_and_one_graph(fresh_process: Callable[[str], str]):
     scripts = str(Path(__file__).parent.parent / "scripts")
     assert "equal" in fresh_process(COMPILED.format(scripts=scripts, package="mixtral", losses=LOSSES))
@@ -446,3 +447,14 @@ def test_nan_names_layer_and_loss():
     aux = AuxLosses(orthogonality=1.0)
     with aux.attach(tiny.model), pytest.raises(TrainingFailed, match=r"orthogonality is nan at model\.layers\.1\.mlp"):
         tiny.model(**tiny.inputs)
+
+
+def test_a_total_that_nobody_adds_and_a_step_without_a_pass_are_errors():
+    tiny = padded()
+    aux = AuxLosses(balance=1.0)
+    with aux.attach(tiny.model, add_to_loss=False):
+        with pytest.raises(Misuse, match="no training pass was seen since the last step"):
+            aux.step()
+        tiny.model(**tiny.inputs)
+        with pytest.raises(Misuse, match=r"add aux\.total\(\) to the loss"):
+            aux.step()

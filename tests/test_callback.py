@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -19,10 +20,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from moestro import AuxLosses, Misuse, MoestroConfig, MoestroForCausalLM, RoutingCallback, RoutingMeter
 from moestro.adapters import moe_layers, observe
 from test_aux_losses import ragged_batch, tiny_model
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
-import tiny_models  # scripts is not a package
 
 BRIEF = {
     "max_vio",

@@ -411,6 +411,7 @@ print("compiled")
 """
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(fresh_process: Callable[[str], str]):
     assert fresh_process(COMPILED).endswith("compiled\n")
 

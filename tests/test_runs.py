@@ -144,7 +144,7 @@ def test_corrupt_checkpoint_is_an_error(damage: str, half_done: Path, corpus: li
 def test_folder_of_another_recipe_is_refused(uninterrupted: Path, corpus: list[str], monkeypatch, capsys):
     arguments = ["train", RECIPE, "--out", str(uninterrupted), *corpus, *TRAIN]
     assert moestro(monkeypatch, *arguments, "--learning-rate", "0.001") == 2
-    assert "holds another run: learning_rate is 0.006 there and 0.001 here" in capsys.readouterr().err
+    assert "holds another run: learning_rate is 0.002 there and 0.001 here" in capsys.readouterr().err
     assert (uninterrupted / "summary.json").exists()
 
 

@@ -21,7 +21,7 @@ def bias_is_the_routers_and_moves(subject: Subject) -> str | None:
         return Inapplicable("there is no selection bias")
     aux = AuxLosses(bias_rate=0.1)
     with restored(subject) as before:
-        with aux.attach(subject.model, add_to_loss=False):
+        with aux.attach(subject.model):
             subject.step()
             aux.step()
         after = {name: tensor.clone() for name, tensor in subject.tensors().items()}

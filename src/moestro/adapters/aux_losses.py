@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from moestro.adapters.applicability import LOSSES, applicable, lora_target, trainable
-from moestro.adapters.batch import share_of_sequences
+from moestro.adapters.batch import TrainerBatch, share_of_sequences
 from moestro.adapters.layer_losses import LayerLosses
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.native import native_balance_off
+from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Pass, Watch, watch
 from moestro.errors import Misuse, TrainingFailed
 from moestro.losses import OrthogonalityForm, VarianceForm
@@ -32,15 +33,6 @@ logger = logging.getLogger(__name__)
 Over = Literal["sequence", "batch", "lagged"]
 """Which tokens a statistic is taken over: each sequence's own; the micro-batch's (over all ranks; with accumulation the
 gradient depends on the cut); or the previous optimiser step's, which is exact under any cut and uniform at first."""
-
-
-@dataclass
-class TrainerBatch:
-    """What a trainer knows of the whole batch and its model is not told."""
-
-    items: Tensor | int | None = None
-    """Label tokens over all micro-batches and ranks; None where sequences count alike and micro-batches are averaged
-    (DPO, GRPO)."""
 
 
 @dataclass(kw_only=True)
@@ -86,7 +78,7 @@ class AuxLosses:
     _blocks: int = field(default=1, init=False, repr=False)
     _passes: list[list[dict[str, Tensor]]] = field(default_factory=list, init=False, repr=False)
     _watch: Watch | None = field(default=None, init=False, repr=False)
-    _trainer: "TrainerBatch | None" = field(default=None, init=False, repr=False)
+    _trainer: TrainerBatch | None = field(default=None, init=False, repr=False)
     _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,8 +115,6 @@ class AuxLosses:
         checkpoints are afterwards as they were, but for what training changed.
         """
         if isinstance(target, Trainer):
-            from moestro.adapters.trainers import to_trainer
-
             with to_trainer(self, target, layers):
                 yield self
         else:
@@ -137,7 +127,7 @@ class AuxLosses:
         model: nn.Module,
         layers: Sequence[MoELayer] | None = None,
         *,
-        trainer: "TrainerBatch | None" = None,
+        trainer: TrainerBatch | None = None,
         add_to_loss: bool = True,
     ) -> Iterator[Watch]:
         """Watch the model, and add the total to the loss that it returns unless a `trainer` does that."""
@@ -240,11 +230,15 @@ class AuxLosses:
         for state, term in zip(self._layers, terms, strict=True):
             for name, value in term.items():
                 if not bool(value.isfinite()):
-                    return f"{name} is {value.item()} at {state.layer.name}: the model's activations overflow there"
+                    return f"{name} is {value.item()} at {state.layer.name}"
         return "the sum of the auxiliary losses is not finite"
 
     def step(self) -> None:
         """Call after each optimiser step: its statistics become the lagged ones, and selection biases move."""
+        if self._passes and self.weights:
+            raise Misuse("with add_to_loss=False add aux.total() to the loss after each forward pass")
+        if self._layers and all(state.load is None for state in self._layers):
+            raise Misuse("no training pass was seen since the last step: call the model that AuxLosses are attached to")
         for state in self._layers:
             state.step()
         self.steps += 1

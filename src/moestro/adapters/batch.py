@@ -1,5 +1,6 @@
 """What one forward pass knows about its tokens, from the model's inputs."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,15 @@ from torch import Tensor
 
 from moestro.errors import Misuse
 from moestro.routing import Batch
+
+
+@dataclass
+class TrainerBatch:
+    """What a trainer knows of the whole batch and its model is not told."""
+
+    items: Tensor | int | None = None
+    """Label tokens over all micro-batches and ranks; None where sequences count alike and micro-batches are averaged
+    (DPO, GRPO)."""
 
 
 def describe(inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_labels: bool = True) -> Batch:

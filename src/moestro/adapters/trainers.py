@@ -10,7 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from moestro.adapters.aux_losses import TrainerBatch
+from moestro.adapters.batch import TrainerBatch
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
 

@@ -54,17 +54,20 @@ class PretrainingTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch, forward and backward; refuses to go on from a loss that is not finite."""
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except TrainingFailed as error:  # an auxiliary loss that is not finite
+            raise TrainingFailed(self._what_broke(model, inputs, float("nan"), str(error))) from None
         if not bool(loss.isfinite()):
-            raise TrainingFailed(self._what_broke(model, inputs, loss))
+            raise TrainingFailed(self._what_broke(model, inputs, loss.item(), "the loss itself"))
         return loss
 
-    def _what_broke(self, model: nn.Module, inputs: Any, loss: Tensor) -> str:
-        layer = first_non_finite(model, self._prepare_inputs(inputs)) or "an auxiliary loss or the loss itself"
+    def _what_broke(self, model: nn.Module, inputs: Any, loss: float, otherwise: str) -> str:
+        layer = first_non_finite(model, self._prepare_inputs(inputs)) or otherwise
         good, _ = last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         step = self.state.global_step + 1
-        return f"the loss is {loss.item()} at step {step}, first in {layer}; {where}; try a lower learning_rate"
+        return f"the loss is {loss} at step {step}, first in {layer}; {where}; try a lower learning_rate"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what a mixture-of-experts run is watched by."""
