@@ -355,6 +355,9 @@ def test_a_copy_of_an_attached_model_is_not_attached():
         assert other(**tiny.inputs).loss == plain
         assert aux.firings == {}
         assert tiny.model(**tiny.inputs).loss > plain
+        for block in tiny.model.model.layers:
+            torch.nn.init.zeros_(block.mlp.experts.down_proj)
+        assert other(**tiny.inputs).loss == plain  # its own experts
     assert other(**tiny.inputs).loss == plain
 
 

@@ -34,6 +34,7 @@ ROUTED = {"num_experts": 4, "top_k": 2, "width": 16}
             "unknown field 'tok_k' in a router; it takes num_groups, renormalise, scale, scores, selection_bias, "
             "top_groups",
         ),
+        (ROUTED | {"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
         ({"num_experts": 4, "width": 16}, "a moe sub-layer must have top_k, got num_experts, width"),
         ({"kind": "dense"}, "a dense sub-layer must have width, got kind"),
         ({"kind": "dense", "width": 0}, "width must be at least 1, got 0"),
@@ -72,3 +73,8 @@ def test_configs_that_cannot_work_are_refused(changes, message):
     with pytest.raises(Misuse) as refusal:
         small_config(**changes)
     assert str(refusal.value) == message
+
+
+def test_an_unknown_activation_is_refused():
+    with pytest.raises(Misuse, match=r"hidden_act must be one of .*silu.*, got 'swiglu'"):
+        small_config(hidden_act="swiglu")

@@ -34,8 +34,11 @@ def uninterrupted(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-RECIPE = "deepseek-v3:balance_over=lagged,balance=0.05,micro_batch_tokens=64"
-"""It has all the state that a resumed run must restore: lagged loads, selection biases, accumulation."""
+RECIPE = (
+    "deepseek-v3:balance_over=lagged,balance=0.05,orthogonality=1e-3,variance=1e-3,scaling=relative,"
+    "micro_batch_tokens=64"
+)
+"""It has all the state that a resumed run must restore: lagged statistics, scales, selection biases, accumulation."""
 
 
 def losses(folder: Path) -> list[tuple]:
@@ -190,3 +193,13 @@ def test_misuse_is_one_line(arguments: list[str], message: str, monkeypatch, cap
     assert len(output.err.strip().splitlines()) == 1
     assert output.out == ""
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_the_same(corpus: list[str], tmp_path: Path, uninterrupted: Path):
+    process = start("train", RECIPE, "--compile", "True", "--out", str(tmp_path / "compiled"), *corpus, *TRAIN)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert "recompile_limit" not in errors
+    ours, theirs = losses(tmp_path / "compiled"), losses(uninterrupted)
+    assert [line[1] for line in ours] == pytest.approx([line[1] for line in theirs], rel=2e-3)

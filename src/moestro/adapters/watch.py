@@ -7,10 +7,11 @@ hence equal, for every experts backend, under LoRA, and under expert parallelism
 side of the exchange. No configuration and none of transformers' registries is written to.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import Any
 
@@ -79,9 +80,11 @@ class Tap:
         self.consumers: list[Callable[[LayerRecord], None]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
-        copy = Tap(self.layer, None)  # a copy of a watched model is not watched
-        copy.original = self.original
-        return copy
+        # A copy of a watched model is not watched, but runs its own experts.
+        experts = copy.deepcopy(self.layer.experts, memo)
+        other = Tap(replace(self.layer, experts=experts), None)
+        other.original = self.original
+        return other
 
     def install(self) -> Any:
         """Stand in for the experts' forward. Returns the handle of the router's hook."""

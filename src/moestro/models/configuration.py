@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from moestro.errors import Misuse
@@ -52,6 +53,9 @@ class MoE:
 
     def validate(self) -> None:
         """Raise Misuse unless it can be built."""
+        for name in ("num_experts", "top_k", "width", "num_shared"):
+            if not isinstance(getattr(self, name), int):
+                raise Misuse(f"{name} must be a whole number, got {getattr(self, name)!r}")
         if self.num_experts < 1:
             raise Misuse(f"num_experts must be at least 1, got {self.num_experts}")
         if self.width < 1 or self.width % WIDTH_MULTIPLE:
@@ -148,6 +152,8 @@ class MoestroConfig(PreTrainedConfig):
             got = len(self.feed_forward)
             raise Misuse(f"feed_forward must list num_hidden_layers ({self.num_hidden_layers}) blocks, got {got}")
         self.feed_forward = [[asdict(sub_layer(entry)) for entry in block] for block in self.feed_forward]
+        if self.hidden_act not in ACT2FN:
+            raise Misuse(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}")
         self.settle_attention()
         if self.has_experts and self.hidden_size % WIDTH_MULTIPLE:
             raise Misuse(
