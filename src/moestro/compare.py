@@ -149,7 +149,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
                 flops_per_token=float(training_flops(recipe)),
                 runs=tuple(runs[recipe.name]),
                 difference=difference,
-                document_bootstrap=None if difference is None else bootstrap(folder, recipe, recipes[0], seeds),
+                document_bootstrap=None if difference is None else bootstrap(folder, recipe, recipes[0], seeds),  # pyright: ignore[reportGeneralTypeIssues]
             )
         )
     return Comparison(

@@ -73,9 +73,10 @@ def layer_of(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
 
 def find_router(parent: nn.Module, path: str) -> nn.Module:
     """The router that stands beside the experts, PEFT's wrappers taken off."""
-    for child in parent.children():
-        while isinstance(getattr(child, "base_layer", None), nn.Module):
-            child = child.base_layer  # type: ignore[assignment]
+    for outer in parent.children():
+        child = outer
+        while isinstance(inner := getattr(child, "base_layer", None), nn.Module):
+            child = inner
         if re.search(r"(Router|Gate)$", type(child).__name__):
             return child
     raise Misuse(f"no router was found beside {path}: {families.HOW_TO_ADAPT}")

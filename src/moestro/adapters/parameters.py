@@ -22,11 +22,14 @@ def parts(model: nn.Module) -> dict[str, Part]:
     for layer in moe_layers(inner):
         prefixes |= {f"{names[id(layer.router)]}.": "router", f"{names[id(layer.experts)]}.": "experts"}
     outer = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        outer[id(parameter)]: next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "rest")
-        for name, parameter in inner.named_parameters()
-        if id(parameter) in outer
-    }
+
+    def part_of(name: str) -> Part:
+        for prefix, part in prefixes.items():
+            if name.startswith(prefix):
+                return part
+        return "rest"
+
+    return {outer[id(p)]: part_of(name) for name, p in inner.named_parameters() if id(p) in outer}
 
 
 def freeze(model: nn.Module, *frozen: Part) -> None:

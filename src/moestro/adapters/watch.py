@@ -228,7 +228,7 @@ class Watch:
             tap.remove()
         for block in self._blocks:
             if isinstance(run := block.__dict__.get("_gradient_checkpointing_func"), Checkpointing):
-                block._gradient_checkpointing_func = run.original
+                block.__dict__["_gradient_checkpointing_func"] = run.original
         delattr(self.model, WATCH)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -271,7 +271,7 @@ class Watch:
                 continue
             if getattr(run, "keywords", {}).get("use_reentrant") and self.adds_losses:
                 raise Misuse(REENTRANT)
-            block._gradient_checkpointing_func = Checkpointing(self, run)
+            block.__dict__["_gradient_checkpointing_func"] = Checkpointing(self, run)
 
 
 class Checkpointing:
