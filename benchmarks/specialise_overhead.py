@@ -1,14 +1,16 @@
 """What orthogonality and variance losses cost beside load balance: step time paired in one run, and peak memory.
 
-One Qwen3-MoE model; the arms take turns on the same new batch of random tokens each round. Each ratio is to "balance"
-of the same round; the table gives its median and quartiles. A step is forward, loss, backward, AdamW, zero_grad. On a
-GPU peak memory is what torch allocated in the arm's steps; on a CPU it is the resident set of a process of its own.
+One Qwen3-MoE model; the arms take turns, in an order drawn anew each round, on the same new batch of random tokens. Each
+ratio is to "balance" of the same round; the table gives its median and quartiles. A step is forward, loss, backward,
+AdamW, zero_grad. On a GPU peak memory is what torch allocated in the arm's steps; on a CPU it is the resident set of a
+process of its own.
 
     python benchmarks/specialise_overhead.py --threads 1
     python benchmarks/specialise_overhead.py --device cuda --hidden 2048 --expert-width 1408 --experts 64 --tokens 8192
 """
 
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -120,7 +122,7 @@ def run(sizes: Sizes) -> dict[str, list[float]]:
     bench, times = Bench(sizes), {arm: [] for arm in ARMS}
     for number in range(sizes.warm_up + sizes.rounds):
         tokens = bench.batch()
-        for arm in ARMS:
+        for arm in random.sample(list(ARMS), len(ARMS)):  # who comes after whom matters: caches, freed memory
             taken = bench.step(arm, tokens)
             if number >= sizes.warm_up:
                 times[arm].append(taken)
