@@ -1,6 +1,6 @@
 """What orthogonality and variance losses cost beside load balance: step time paired in one run, and peak memory.
 
-One Qwen3-MoE model; the arms take turns, in an order drawn anew each round, on the same new batch of random tokens. Each
+One Qwen3-MoE model; the arms take turns, in an order drawn anew each round, on the same batch of random tokens. Each
 ratio is to "balance" of the same round; the table gives its median and quartiles. A step is forward, loss, backward,
 AdamW, zero_grad. On a GPU peak memory is what torch allocated in the arm's steps; on a CPU it is the resident set of a
 process of its own.
