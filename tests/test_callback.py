@@ -449,7 +449,9 @@ def test_two_ranks_report_what_one_does(tmp_path: Path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    here = Path(__file__).parent
+    places = os.pathsep.join([str(here), str(here.parent / "scripts")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     said, lines = [], []
     for ranks, launcher in (
         (1, []),
