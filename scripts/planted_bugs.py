@@ -246,14 +246,14 @@ BUGS = [
     ),
     Bug(
         "outputs weighted already",
-        "adapters/watch.py",
+        "adapters/tap.py",
         "torch.ones_like(weight).view(-1, 1)",
         "weight.reshape(-1, 1)",
         "test_attach",
     ),
     Bug(
         "a tap left on the experts",
-        "adapters/watch.py",
+        "adapters/tap.py",
         "            del experts.forward\n",
         "            pass\n",
         "test_attach",

@@ -33,9 +33,6 @@ HEADS = ("ForCausalLM", "ForConditionalGeneration", "ForBlockDiffusion", "ForTok
 # Packages with routed experts of their own, outside the experts interface.
 OUTSIDE = ("dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers")
 
-# Packages that cannot be built or run here, and why.
-FAILS: dict[str, str] = {}
-
 # Names of the biases that enter the choice of experts but not their weights.
 SELECTION_BIAS = r"correction_bias|expert_bias|balancing_bias|router_bias|moe_statics"
 

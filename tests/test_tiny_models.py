@@ -7,13 +7,6 @@ import tiny_models
 import torch
 from torch import nn
 
-
-def named(packages: list[str]) -> list[Any]:
-    """Packages as test parameters, those that cannot run here skipped with the reason."""
-    fails = tiny_models.FAILS
-    return [pytest.param(p, marks=pytest.mark.skip(fails[p])) if p in fails else p for p in packages]
-
-
 INSIDE = [package for package in tiny_models.packages() if package not in tiny_models.OUTSIDE]
 
 
@@ -44,7 +37,7 @@ def routing_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[int, nn.
     return given, sources
 
 
-@pytest.mark.parametrize("package", named(INSIDE))
+@pytest.mark.parametrize("package", INSIDE)
 def test_a_package_on_the_experts_interface_runs_and_trains_its_routers(package: str) -> None:
     tiny = tiny_models.build(package)
     given, sources = routing_of(tiny.model)
@@ -60,7 +53,7 @@ def test_a_package_on_the_experts_interface_runs_and_trains_its_routers(package:
         assert indices.shape[1] >= 2 or tiny_models.SINGLE in tiny.note
 
 
-@pytest.mark.parametrize("package", named([p for p in tiny_models.packages() if p not in INSIDE]))
+@pytest.mark.parametrize("package", tiny_models.OUTSIDE)
 def test_a_package_outside_the_interface_runs_and_trains_its_routers(package: str) -> None:
     tiny = tiny_models.build(package)
     assert backward(tiny).isfinite()

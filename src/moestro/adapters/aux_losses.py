@@ -22,8 +22,9 @@ from moestro.adapters.batch import TrainerBatch, share_of_sequences
 from moestro.adapters.layer_losses import LayerLosses
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.native import native_balance_off
+from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
-from moestro.adapters.watch import Listener, Pass, Watch, watch
+from moestro.adapters.watch import Listener, Watch, watch
 from moestro.errors import Misuse, TrainingFailed
 from moestro.losses import OrthogonalityForm, VarianceForm
 from moestro.routing import MoELayer

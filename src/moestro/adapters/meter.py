@@ -10,7 +10,8 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.adapters.watch import TAP, Listener, Pass, Tap, Watch, watch
+from moestro.adapters.tap import TAP, Pass, Tap
+from moestro.adapters.watch import Listener, Watch, watch
 from moestro.metrics import RoutingFigures, RoutingSums, no_sums, routing_figures, routing_sums, subset
 from moestro.routing import LayerRecord, MoELayer
 

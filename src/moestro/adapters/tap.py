@@ -1,0 +1,167 @@
+"""What stands in for one experts module while it is watched: it runs the original, and reports a record.
+
+Where a listener wants each expert's own output, the original is called with every token repeated k times, one expert
+per row and weight 1: from the same matrix products, hence equal, for every experts backend, under LoRA, and under
+expert parallelism, where the original is the sender's side of the exchange.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from moestro.adapters.layers import routing_of
+from moestro.errors import Misuse
+from moestro.models.grouped_padded import PADDED_MM, unmixed
+from moestro.routing import Batch, LayerRecord, MoELayer
+
+if TYPE_CHECKING:
+    from moestro.adapters.watch import Watch
+
+TAP = "_moestro_tap"
+
+REENTRANT = (
+    "reentrant checkpointing drops the gradient of auxiliary losses without a word: write "
+    'gradient_checkpointing_kwargs={"use_reentrant": False}'
+)
+
+
+class Pass:
+    """One forward pass of the model. It outlives the forward, for the recomputation of checkpointed layers."""
+
+    def __init__(self, batch: Batch, *, training: bool) -> None:
+        self.batch = batch
+        self.training = training
+        """In training mode and with gradients."""
+        self.open = True
+        """False from the end of the forward on: a layer that runs then is run again, in the backward pass."""
+        self.wants_outputs = False
+        self.share: Tensor | None = None
+        """Set by `AuxLosses`: each sequence's share of the whole batch."""
+
+
+class Tap:
+    """What stands beside one experts module while it is watched."""
+
+    def __init__(self, layer: MoELayer, watch: "Watch | None", *, of_inputs: bool = True) -> None:
+        self.layer, self.of_inputs = layer, of_inputs
+        self.watch = watch
+        self.original: Callable[..., Tensor] | None = None
+        """The `forward` of the instance, where it had its own (expert parallelism); None means its class's."""
+        self.routed: Any = None
+        """What the router returned, until the experts have run."""
+        self.firings = 0
+        """How often the layer ran in this pass."""
+        self.consumers: list[Callable[[LayerRecord], None]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
+        # A copy of a watched model is not watched, but runs its own experts.
+        experts = copy.deepcopy(self.layer.experts, memo)
+        other = Tap(replace(self.layer, experts=experts), None)
+        other.original = self.original
+        return other
+
+    def install(self) -> Any:
+        """Stand in for the experts' forward. Returns the handle of the router's hook."""
+        experts = self.layer.experts
+        self.original = experts.__dict__.get("forward")
+        setattr(experts, TAP, self)
+        experts.forward = MethodType(tapped, experts)
+        return self.layer.router.register_forward_hook(self.keep)
+
+    def remove(self) -> None:
+        """Leave the experts as they were."""
+        experts = self.layer.experts
+        if self.original is None:
+            del experts.forward
+        else:
+            experts.forward = self.original
+        delattr(experts, TAP)
+
+    def run(self, *args: Any) -> Tensor:
+        """What the experts would do unwatched."""
+        return (self.original or type(self.layer.experts).forward.__get__(self.layer.experts))(*args)
+
+    def outputs(
+        self,
+        hidden: Float[Tensor, "tokens dim"],
+        index: Int[Tensor, "tokens k"],
+        weight: Float[Tensor, "tokens k"],
+        *args: Any,
+    ) -> Float[Tensor, "tokens k out"]:
+        """Each chosen expert's own output, by the backend in use."""
+        experts = self.layer.experts
+        backend = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+        if self.original is None and hasattr(experts, "is_transposed") and backend in (PADDED_MM, "grouped_mm"):
+            return unmixed(experts, hidden, index, backend)
+        rows, one_each = hidden.repeat_interleave(index.shape[1], dim=0), torch.ones_like(weight).view(-1, 1)
+        return self.run(rows, index.reshape(-1, 1), one_each, *args).view(*index.shape, -1)
+
+    def keep(self, router: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook on the router."""
+        self.routed = output
+
+    def report(
+        self,
+        hidden: Float[Tensor, "tokens dim"],
+        expert: Int[Tensor, "tokens k"],
+        weight: Float[Tensor, "tokens k"],
+        outputs: Float[Tensor, "tokens k dim"] | None,
+    ) -> None:
+        """Hand this layer's record to whoever listens."""
+        if self.watch is None:
+            return
+        current = self.watch.current
+        routed, self.routed = self.routed, None
+        if current is None:
+            return  # the layer was called by itself, before any pass of the model
+        if current.open:
+            self.firings += 1
+            if current.training and not torch.is_grad_enabled() and self.watch.adds_losses:
+                raise Misuse(REENTRANT)
+        routing = routing_of(self.layer, routed, expert, weight)
+        record = LayerRecord(
+            layer=self.layer,
+            batch=fitting(current.batch, hidden, of_inputs=self.of_inputs),
+            hidden=hidden,
+            proposed=routing,
+            routing=routing,
+            outputs=outputs,
+            recomputed=not current.open,
+        )
+        for consume in self.consumers:
+            consume(record)
+
+
+def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
+    """The `forward` of a watched experts module."""
+    tap: Tap = getattr(self, TAP)
+    current = tap.watch.current if tap.watch else None
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    if current is None or not current.wants_outputs:
+        mixed, outputs = tap.run(hidden_states, top_k_index, top_k_weights, *args), None
+    else:
+        outputs = tap.outputs(hidden, top_k_index, top_k_weights, *args)
+        mixed = (outputs * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
+    tap.report(hidden, top_k_index, top_k_weights, outputs)
+    return mixed
+
+
+def fitting(batch: Batch, hidden: Float[Tensor, "tokens dim"], *, of_inputs: bool) -> Batch:
+    """The batch, where the layer was given the tokens that it describes; else as many rows of tokens unknown."""
+    tokens, rows = hidden.shape[0], batch.num_sequences
+    if of_inputs and batch.sequence.shape[0] == tokens:
+        return batch
+    rows = rows if tokens % rows == 0 else 1
+    row = torch.arange(rows, device=hidden.device)
+    return Batch(sequence=row.repeat_interleave(tokens // rows), num_sequences=rows)
+
+
+def reads_inputs(layer: MoELayer, layers: Sequence[MoELayer]) -> bool:
+    """Whether the model's input_ids are the layer's tokens; a decoder beside an encoder has tokens of its own."""
+    return ".decoder." not in layer.name or not any(".encoder." in other.name for other in layers)
