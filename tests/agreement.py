@@ -66,6 +66,17 @@ def randomise(module: nn.Module, std: float = 0.3) -> None:
         for name, tensor in module.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 tensor.normal_(std=0.1)
+        for layer in module.modules():
+            if getattr(layer, "composition", None) == "tied":
+                make_biases_of_tied_routers_equal(layer)
+
+
+def make_biases_of_tied_routers_equal(layer: Any) -> None:
+    """They are buffers of their own, and stay equal in training, where equal choices move them equally."""
+    biases = [sub.router.selection_bias for sub in layer.feed_forward if hasattr(sub, "router")]
+    for bias in biases[1:]:
+        if bias is not None:
+            bias.copy_(biases[0])
 
 
 MOE = MoE(num_experts=4, top_k=2, width=16, num_shared=1)
@@ -82,12 +93,23 @@ SHAPES = {
     "dense": {"feed_forward": [[Dense(width=24)], [Dense(width=40)]]},
     "no query-key norm, untied": {"qk_norm": False, "tie_word_embeddings": False},
     "sigmoid, dense first": {"feed_forward": [[Dense(width=24)], [V3]]},
-    "two sub-layers, convex": {
-        "feed_forward": [[MoE(num_experts=4, top_k=2, width=8, num_shared=1, mix="convex")] * 2] * 2
+    "two sub-layers, convex": {"feed_forward": [[CONVEX] * 2] * 2},
+    "unequal sub-layers, depth not counted": {
+        "feed_forward": [[MOE, Dense(width=24), V3], [CONVEX, MOE]],
+        "depth_scaled_init": False,
     },
+    "parallel": {"feed_forward": [[MOE, CONVEX], [Dense(width=24), V3]], "composition": "parallel"},
+    "tied, untied embeddings": {
+        "feed_forward": [[V3, V3], [MOE, Dense(width=24), MOE]],
+        "composition": "tied",
+        "tie_word_embeddings": False,
+    },
+    "shared pool": {"feed_forward": [[MOE, MOE, MOE], [V3, V3]], "composition": "shared-pool"},
     "one key-value head, wide heads": {"num_key_value_heads": 1, "head_dim": 16},
     "biases": {"attention_bias": True},
 }
+COMPOSED = [name for name, shape in SHAPES.items() if any(len(block) > 1 for block in shape.get("feed_forward", []))]
+"""Names of the shapes with several sub-layers in a block."""
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from moestro.comparison import (
     Budget,
     Comparison,
+    ComposedStatistics,
     CurvePoint,
     Data,
     DomainLoss,
@@ -15,6 +16,8 @@ from moestro.comparison import (
     LayerStatistics,
     RecipeResult,
     Run,
+    Screened,
+    Sweep,
 )
 from moestro.statistics import compare_with_first, document_bootstrap
 
@@ -78,6 +81,23 @@ def make_comparison(seeds: tuple[int, ...] = (0, 1, 2)) -> Comparison:
     )
 
 
+def swept(comparison: Comparison, seed: int = 1000) -> Comparison:
+    """The same after a sweep: the first recipe is best at the lowest rate, the last one failed at the highest."""
+    losses = {
+        "dense": (4.131, 4.142, 4.171, 4.65),
+        "smoe": (4.152, 4.119, 4.139, 5.2),
+        "fine-grained": (4.14, 4.096, 4.088, None),
+    }
+    rates = (1e-3, 2e-3, 4e-3, 8e-3)
+    screened = {
+        name: tuple(Screened(learning_rate=rate, loss=loss) for rate, loss in zip(rates, of, strict=True))
+        for name, of in losses.items()
+    }
+    chosen = {"dense": 1e-3, "smoe": 2e-3, "fine-grained": 4e-3}
+    tokens = dict.fromkeys(chosen, STEPS * BATCH_TOKENS // 2)
+    return replace(comparison, sweep=Sweep(seed=seed, tokens=tokens, screened=screened, chosen=chosen))
+
+
 def hostile(comparison: Comparison) -> Comparison:
     """The same figures under names that try to break out."""
     renamed = dict(zip(DOMAINS, HOSTILE, strict=True))
@@ -90,6 +110,17 @@ def hostile(comparison: Comparison) -> Comparison:
         domains = {renamed[d]: loss for d, loss in value.held_out.domains.items()}
         return replace(value, held_out=replace(value.held_out, domains=domains), layers=layers)
 
+    def by_new_name(values: dict) -> dict:
+        return {HOSTILE[i]: values[recipe.name] for i, recipe in enumerate(comparison.recipes)}
+
+    sweep = comparison.sweep
+    if sweep is not None:
+        sweep = Sweep(
+            seed=sweep.seed,
+            tokens=by_new_name(sweep.tokens),
+            screened=by_new_name(sweep.screened),
+            chosen=by_new_name(sweep.chosen),
+        )
     recipes = tuple(
         replace(r, name=HOSTILE[i], description=HOSTILE[i + 3], runs=tuple(map(run, r.runs)))
         for i, r in enumerate(comparison.recipes)
@@ -97,6 +128,7 @@ def hostile(comparison: Comparison) -> Comparison:
     return replace(
         comparison,
         recipes=recipes,
+        sweep=sweep,
         command="moestro compare --data '" + "".join(HOSTILE) + "'",
         version=HOSTILE[1],
         created=HOSTILE[0],
@@ -150,7 +182,7 @@ def _run(name: str, seed: int) -> Run:
         peak_memory_bytes=int(1.31e9 if dense else 1.52e9),
         seconds=132.0,
         curve=_curve(loss, own),
-        layers=() if dense else tuple(_layer(f"model.layers.{i}.feed_forward.0", i, own) for i in range(LAYERS)),
+        layers=() if dense else _layers(own, sub_layers=2 if name == "fine-grained" else 1),
     )
 
 
@@ -162,6 +194,29 @@ def _curve(final: float, own: np.random.Generator) -> tuple[CurvePoint, ...]:
         train = smooth - 0.05 + float(own.normal(scale=0.05))
         points.append(CurvePoint(step=step, tokens=step * BATCH_TOKENS, loss=train, held_out_loss=held_out))
     return tuple(points)
+
+
+def _layers(own: np.random.Generator, sub_layers: int) -> tuple[LayerStatistics, ...]:
+    """MoE layers, so many to a block."""
+    layers = [_layer(f"model.layers.{i // sub_layers}.feed_forward.{i % sub_layers}", i, own) for i in range(LAYERS)]
+    return tuple(
+        replace(layer, composed=_composed(layers[i - 1], layer)) if i % sub_layers else layer
+        for i, layer in enumerate(layers)
+    )
+
+
+def _composed(before: LayerStatistics, layer: LayerStatistics) -> ComposedStatistics:
+    """Independent choices, but that expert 1 always follows expert 0."""
+    histogram = np.outer(before.load, layer.load)
+    histogram[0] = 0.0
+    histogram[0, 1] = before.load[0]
+    return ComposedStatistics(
+        size=0.31,
+        rerouted=0.27,
+        histogram=tuple(tuple(row.tolist()) for row in histogram),
+        mutual_information=0.18,
+        mutual_information_shuffled=0.004,
+    )
 
 
 def _layer(name: str, depth: int, own: np.random.Generator) -> LayerStatistics:

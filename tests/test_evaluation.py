@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from agreement import small_model
+from moestro import MoE
 from moestro.data.packing import PackedRows, write_stream
 from moestro.evaluation import evaluate, held_out
 from test_aux_losses import tiny_model
@@ -84,3 +86,16 @@ def test_a_part_of_the_rows(rows: PackedRows):
     result = evaluate(tiny_model(), rows, ["a", "b"], max_rows=1, routing=False)
     assert result.tokens.sum() == 15
     assert result.layers == ()
+
+
+def test_composed_sub_layers_say_what_they_owe_to_each_other(rows: PackedRows):
+    half = MoE(num_experts=4, top_k=2, width=8, num_shared=1)
+    model = small_model(feed_forward=[[half, half], [half]], num_hidden_layers=2)
+    first, second, alone = evaluate(model, rows, ["a", "b"]).layers
+    assert first.composed is None
+    assert alone.composed is None
+    assert second.name == "model.layers.0.feed_forward.1"
+    assert second.composed is not None
+    assert second.composed.size is not None
+    assert second.composed.size > 0
+    assert np.array(second.composed.histogram).shape == (4, 4)

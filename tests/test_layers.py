@@ -1,6 +1,7 @@
 """A whole MoE layer against plain loops over tokens and experts: the output and every gradient, for every backend."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -77,29 +78,38 @@ def split_shared(weights: dict[str, Tensor], number: int) -> list[reference.Expe
     return [reference.ExpertWeights(*part) for part in parts]
 
 
+def routed_experts(weights: dict[str, Tensor]) -> list[reference.ExpertWeights]:
+    """The routed experts, which stand on top of each other in fused weights."""
+    fused = zip(weights["experts.gate_up_proj"], weights["experts.down_proj"], strict=True)
+    return [reference.ExpertWeights(*gate_up.chunk(2), down) for gate_up, down in fused]
+
+
+def reference_parts(layer: SparseMoE, spec: MoE, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """What the reference takes beside router and experts."""
+    rule, bias = spec.router, layer.router.selection_bias
+    return {
+        "shared": split_shared(weights, spec.num_shared) if spec.num_shared else (),
+        "mix": (weights["mix.proj.weight"], weights["mix.proj.bias"]) if spec.mix == "convex" else None,
+        "rule": {
+            "top_k": spec.top_k,
+            "scores": rule.scores,
+            "renormalise": rule.renormalise,
+            "scale": rule.scale,
+            "bias": None if bias is None else bias.tolist(),
+            "num_groups": rule.num_groups,
+            "top_groups": rule.top_groups,
+        },
+    }
+
+
 def run_reference(layer: SparseMoE, spec: MoE, hidden: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     """The same as `run`, by the reference in float64."""
     weights = {name: w.detach().double().requires_grad_() for name, w in layer.named_parameters()}
     hidden = hidden.double().requires_grad_()
-    gate_up = [w.chunk(2) for w in weights["experts.gate_up_proj"]]
-    experts = [
-        reference.ExpertWeights(gate, up, down)
-        for (gate, up), down in zip(gate_up, weights["experts.down_proj"], strict=True)
-    ]
-    bias = layer.router.selection_bias
+    parts = reference_parts(layer, spec, weights)
+    rule = parts.pop("rule")
     flat, _ = reference.moe_layer(
-        hidden.flatten(0, -2),
-        weights["router.weight"],
-        experts,
-        shared=split_shared(weights, spec.num_shared) if spec.num_shared else (),
-        mix=(weights["mix.proj.weight"], weights["mix.proj.bias"]) if spec.mix == "convex" else None,
-        top_k=spec.top_k,
-        scores=spec.router.scores,
-        renormalise=spec.router.renormalise,
-        scale=spec.router.scale,
-        bias=None if bias is None else bias.tolist(),
-        num_groups=spec.router.num_groups,
-        top_groups=spec.router.top_groups,
+        hidden.flatten(0, -2), weights["router.weight"], routed_experts(weights), **parts, **rule
     )
     output = flat.view_as(hidden)
     output.backward(cotangent.double())

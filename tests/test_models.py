@@ -7,10 +7,11 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from agreement import (
+    COMPOSED,
+    CONVEX,
     CPU_BACKENDS,
     MOE,
     SHAPES,
-    V3,
     assert_all_equal,
     assert_equal,
     block,
@@ -31,17 +32,33 @@ def test_auto_classes_know_the_family(tmp_path):
     assert isinstance(AutoModel.from_config(config), MoestroModel)
 
 
+WRITTEN = ("o_proj.weight", "down_proj", "down_proj.weight")
+"""Ends of the names of matrices whose product is added to the residual stream."""
+
+
 @every_shape
 def test_initialisation_leaves_nothing_out(shape):
-    """Every matrix is drawn with `initializer_range`, norms are one, biases zero."""
+    """Matrices are drawn with `initializer_range`, over the root of all writes where they write; norms one, biases 0."""
     model = MoestroForCausalLM(small_config(**shape, initializer_range=0.05))
+    writes = sum(1 + len(layer.feed_forward) for layer in model.model.layers)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "norm" in name:
             assert (tensor == 1).all(), name
         elif "bias" in name:
             assert (tensor == 0).all(), name
         elif "inv_freq" not in name:
-            assert 0.03 < tensor.std().item() < 0.07, name
+            scaled = model.config.depth_scaled_init and name.endswith(WRITTEN)
+            assert tensor.std().item() == pytest.approx(0.05 / writes**0.5 if scaled else 0.05, rel=0.3), name
+
+
+@pytest.mark.parametrize("composition", ["serial", "parallel", "tied", "shared-pool"])
+def test_a_block_of_two_sub_layers_writes_three_times(composition):
+    """So its writes start at the root of 3 per block below the rest: 2 per block would be a fifth too large."""
+    config = small_config(feed_forward=[[CONVEX, CONVEX]] * 2, composition=composition, initializer_range=0.05)
+    assert config.residual_writes == 6
+    assert small_config().residual_writes == small_config(feed_forward=[[Dense(width=8)]] * 2).residual_writes == 4
+    written = [w.flatten() for name, w in MoestroForCausalLM(config).named_parameters() if name.endswith(WRITTEN)]
+    assert torch.cat(written).std().item() == pytest.approx(0.05 / 6**0.5, rel=0.05)
 
 
 @every_shape
@@ -68,7 +85,7 @@ def test_logits_are_causal():
 
 def test_a_block_is_attention_and_its_sub_layers_in_turn():
     """Written out: x + attention(norm x), then y + f(norm y) for each sub-layer."""
-    model = small_model(**SHAPES["two sub-layers, convex"], num_hidden_layers=2)
+    model = small_model(**SHAPES["two sub-layers, convex"])
     layer = block(model, 0)
     hidden = torch.randn(2, 5, 32)
     rotary = model.model.rotary_emb(hidden, torch.arange(5)[None])
@@ -82,14 +99,15 @@ def test_a_block_is_attention_and_its_sub_layers_in_turn():
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_experts_backends_agree(backend):
-    model = small_model(feed_forward=[[Dense(width=24)], [V3]])
+@pytest.mark.parametrize("backend", [name for name in CPU_BACKENDS if name != "eager"])
+@pytest.mark.parametrize("name", ["sigmoid, dense first", *COMPOSED])
+def test_experts_backends_agree(name, backend):
+    model = small_model(**SHAPES[name])
     ids = some_ids()
     model.set_experts_implementation("eager")
     expected = loss_and_gradients(model, ids)
     model.set_experts_implementation(backend)
-    assert block(model, 1).feed_forward[0].experts.config._experts_implementation == backend
+    assert block(model, 1).feed_forward[-1].experts.config._experts_implementation == backend
     assert_all_equal(loss_and_gradients(model, ids), expected)
 
 

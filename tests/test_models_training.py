@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from agreement import (
+    COMPOSED,
     CONVEX,
     MOE,
+    SHAPES,
     V3,
     assert_all_equal,
     assert_equal,
@@ -23,7 +26,8 @@ from agreement import (
     small_model,
     some_ids,
 )
-from moestro import Dense, Misuse, MoestroForCausalLM
+from moestro import Dense, Misuse, MoE, MoestroForCausalLM
+from moestro.models.layers import Router
 
 
 @every_shape
@@ -42,6 +46,27 @@ def test_checkpointing_changes_no_gradient(shape, given):
     assert len(calls) == 4  # two layers, each run again
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16 autocast"])
+@pytest.mark.parametrize("name", COMPOSED)
+def test_recomputation_routes_as_before(name, dtype):
+    """To the last bit, in every sub-layer: a token that went elsewhere in A would send B elsewhere too."""
+    model = small_model(**SHAPES[name]).train()
+    model.activation_checkpointing_enable()
+    seen = defaultdict(list)
+    for path, module in model.named_modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda _, args, output, path=path: seen[path].append(output))
+    ids = some_ids(4, 16)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    assert [len(runs) for runs in seen.values()] == [1] * len(seen)
+    loss.backward()
+    assert len(seen) == sum(isinstance(spec, MoE) for block in model.config.sub_layers for spec in block)
+    for path, runs in seen.items():
+        assert len(runs) == 2, path
+        assert all(torch.equal(first, again) for first, again in zip(*runs, strict=True)), path
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")
@@ -124,44 +149,57 @@ def test_a_saved_model_comes_back_whole(shape, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
 
 
+COMPILED = {"serial": [V3, CONVEX], "parallel": [MOE, CONVEX], "tied": [CONVEX, CONVEX], "shared-pool": [MOE, MOE]}
+
+
 @pytest.fixture(scope="module")
 def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a new process finds in a saved model; one process for all that needs one, for it takes seconds to start."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("fresh")
-    model = small_model(num_hidden_layers=1, feed_forward=[[V3, CONVEX]])
-    model.save_pretrained(folder / "model")
     ids = some_ids()
-    torch.save({"ids": ids, "logits": model(ids).logits.detach()}, folder / "expected.pt")
+    expected = {"ids": ids}
+    for composition, sub_layers in COMPILED.items():
+        model = small_model(num_hidden_layers=1, feed_forward=[sub_layers], composition=composition)
+        model.save_pretrained(folder / composition)
+        expected[composition] = model(ids).logits.detach()
+    torch.save(expected, folder / "expected.pt")
     script = """
 import json, torch, moestro
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 expected = torch.load("expected.pt")
-ids = expected["ids"]
-model = AutoModelForCausalLM.from_pretrained("model", experts_implementation="grouped_mm")
-assert type(model) is moestro.MoestroForCausalLM
-identical = torch.equal(model(ids).logits, expected["logits"])
+ids = expected.pop("ids")
 
-def gradients(call):
+def gradients(call, model):
     model.zero_grad()
     loss = call(input_ids=ids, labels=ids, use_cache=False).loss
     loss.backward()
     return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
-plain = gradients(model)
-compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"))
-errors = {name: ((compiled[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain}
-print(json.dumps({"identical": identical, "errors": errors}))
+def examine(name):
+    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="grouped_mm")
+    assert type(model) is moestro.MoestroForCausalLM
+    identical = torch.equal(model(ids).logits, expected[name])
+    plain = gradients(model, model)
+    torch.compiler.reset()
+    compiled = gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), model)
+    errors = {name: ((compiled[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain}
+    return {"identical": identical, "errors": errors}
+
+print(json.dumps({name: examine(name) for name in expected}))
 """
     return json.loads(run_fresh(script, folder).splitlines()[-1])
 
 
-def test_logits_are_identical_in_a_fresh_process(fresh):
-    assert fresh["identical"]
+@pytest.mark.parametrize("composition", COMPILED)
+def test_logits_are_identical_in_a_fresh_process(fresh, composition):
+    assert fresh[composition]["identical"]
 
 
-def test_compiled_in_one_graph(fresh):
+@pytest.mark.parametrize("composition", COMPILED)
+def test_compiled_in_one_graph(fresh, composition):
     """Forward and backward without a graph break, equal to the uncompiled ones."""
-    assert len(fresh["errors"]) > 20
-    assert max(fresh["errors"].values()) <= 1e-5, fresh["errors"]
+    errors = fresh[composition]["errors"]
+    assert len(errors) > 20
+    assert max(errors.values()) <= 1e-5, errors

@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from moestro import AuxLosses, Misuse
-from moestro.training.recipes import Losses, recipe
+from moestro.training.recipe import Losses
+from moestro.training.recipes import recipe
 
 
 def test_a_recipe_can_ask_for_every_loss():

@@ -8,11 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import rich.box
 import transformers
 import tyro
 from rich.console import Console
-from rich.table import Table
 
 from moestro.compare import compare as compare_runs
 from moestro.compare import plan as plan_comparison
@@ -21,16 +19,20 @@ from moestro.data.preparation import PreparedData, prepare
 from moestro.errors import Misuse, TrainingFailed
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
+from moestro.listing import print_costs, print_plan, print_recipes
 from moestro.models import MoestroForCausalLM
 from moestro.models.siblings import export_stock
 from moestro.report.routing_terminal import print_finding, print_study
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
-from moestro.training.estimate import Estimate, estimates
-from moestro.training.recipes import RECIPES, Recipe, recipe
+from moestro.sweep import Grid
+from moestro.training.estimate import estimates
+from moestro.training.recipe import Recipe
+from moestro.training.recipes import RECIPES, recipe
 from moestro.training.train import Interrupted, Options
 from moestro.training.train import train as train_run
 
+DEFAULT_RUNNING = Running()
 DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 48 * 2**10
 """Of each domain of the default corpus, so that its largest domain does not drown the others."""
 
@@ -48,6 +50,8 @@ class DataFlags:
     """Folder or name of a tokenizer of transformers. Default: a byte-level BPE trained on the text."""
     max_bytes: int | None = None
     """Use at most this much of each domain."""
+    max_held_out_bytes: int | None = None
+    """Hold out at most this much of each domain. Default: 5 % of it, at most 256 KiB."""
 
     def prepare(self, recipe: Recipe) -> PreparedData:
         """The data for one recipe."""
@@ -58,7 +62,7 @@ class DataFlags:
             sequence_length=t.sequence_length,
             text_column=self.text_column,
             max_bytes=self.max_bytes or (None if self.data else DEFAULT_MAX_BYTES),
-            max_held_out_bytes=MAX_HELD_OUT_BYTES if self.data else DEFAULT_HELD_OUT_BYTES,
+            max_held_out_bytes=self.max_held_out_bytes or (MAX_HELD_OUT_BYTES if self.data else DEFAULT_HELD_OUT_BYTES),
             block_diagonal=t.block_diagonal,
         )
 
@@ -103,6 +107,33 @@ class RecipeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepFlags:
+    """How learning rates are chosen."""
+
+    sweep: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[float, ...], ...]], tyro.conf.arg(metavar="LR [LR ...]")
+    ] = ()
+    """Learning rates: every recipe is first trained at each of them, and compared at its best."""
+    sweep_tokens: int | None = None
+    """Training tokens of those runs. Default: as many as in the comparison."""
+    screening_seed: int = 1000
+    """Their seed, which no interval contains."""
+
+    def grid(self, specs: Sequence[str], recipe_flags: RecipeFlags) -> Grid | None:
+        """The grid that is asked for. Typed in several parts it is all of them."""
+        if not self.sweep:
+            if self.sweep_tokens is not None:
+                raise Misuse("--sweep-tokens needs --sweep")
+            return None
+        typed = [*recipe_flags.set, *(part for spec in specs for part in spec.partition(":")[2].split(","))]
+        fields = [text.partition("=")[0].strip().rpartition(".")[2] for text in typed]
+        if recipe_flags.learning_rate is not None or "learning_rate" in fields:
+            raise Misuse("--sweep chooses every recipe's learning_rate: name it there alone")
+        rates = tuple(rate for part in self.sweep for rate in part)
+        return Grid(learning_rates=rates, seed=self.screening_seed, tokens=self.sweep_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunFlags:
     """Where results go."""
 
@@ -126,13 +157,14 @@ def train(
     """Train one recipe.
 
     Args:
-        recipe: A recipe, as `moestro recipes` lists them; NAME:FIELD=VALUE,... overrides fields.
+        recipe: A recipe, as `moestro recipes` lists them; NAME+VARIANT is a variant of it, and NAME:FIELD=VALUE,...
+            overrides fields.
         seed: Of initial weights and data order.
         export_stock: Save the finished model as its stock transformers sibling too, where it has one.
     """
     chosen = recipe_flags.recipe(recipe)
     if run_flags.dry_run:
-        print_estimates(estimates([chosen]))
+        print_costs(estimates([chosen]), "1 run")
         return
     console = Console(stderr=True)
     data = data_flags.prepare(chosen)
@@ -153,6 +185,7 @@ def compare(
     first_seed: int = 0,
     match: Literal["tokens", "flops"] = "tokens",
     allow_unequal: bool = False,
+    sweep_flags: Annotated[SweepFlags, tyro.conf.arg(name="")] = SweepFlags(),
     recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags(),
     data_flags: Annotated[DataFlags, tyro.conf.arg(name="")] = DataFlags(),
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = RunFlags(),
@@ -160,12 +193,15 @@ def compare(
     """Train recipes on an equal budget, paired by seed; print the table, write comparison.json and report.html.
 
     Args:
-        recipes: Recipes, as `moestro recipes` lists them; the first is what the others are compared to.
-        seeds: How many seeds; three or more give an interval.
+        recipes: Recipes, as `moestro recipes` lists them, also as NAME+VARIANT and NAME:FIELD=VALUE,...; the first is
+            what the others are compared to.
+        seeds: How many seeds; three or more give an interval. 0 with --sweep: the screening alone.
         first_seed: The seeds count up from this one.
         match: What is equal between recipes, training tokens or training FLOPs.
         allow_unequal: Compare although budgets differ, and mark the table.
     """
+    if seeds < 0:
+        raise Misuse(f"seeds must be at least 0, got {seeds}")
     chosen = [recipe_flags.recipe(spec) for spec in recipes]
     the_plan = plan_comparison(
         chosen,
@@ -173,9 +209,10 @@ def compare(
         match=match,
         allow_unequal=allow_unequal,
         command=["moestro", *sys.argv[1:]],
+        grid=sweep_flags.grid(recipes, recipe_flags),
     )
     if run_flags.dry_run:
-        print_estimates(estimates(the_plan.recipes, runs=seeds))
+        print_plan(the_plan)
         return
     data = data_flags.prepare(chosen[0])
     the_plan = replace(the_plan, recipes=tuple(data_flags.fit(the_plan.recipes, data)))
@@ -188,8 +225,8 @@ def compare(
 
 
 def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags()) -> None:
-    """List the recipes and what they cost at one size."""
-    print_estimates(estimates([recipe_flags.recipe(name) for name in RECIPES]))
+    """List the recipes, what they cost at one size, and the variants of them."""
+    print_recipes([recipe_flags.recipe(name) for name in RECIPES])
 
 
 def inspect(
@@ -197,12 +234,9 @@ def inspect(
     /,
     data: tuple[str, ...] = (),
     text_column: str = "text",
-    tokenizer: str | None = None,
     max_bytes: int = INSPECTED_BYTES,
-    sequence_length: int | None = None,
-    batch_tokens: int = 4096,
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     out: Path | None = None,
+    running: Annotated[Running, tyro.conf.arg(name="")] = DEFAULT_RUNNING,
 ) -> None:
     """Say what a checkpoint is and which losses apply; with --data, report how it routes a text. Two: side by side.
 
@@ -210,13 +244,11 @@ def inspect(
         checkpoints: One or two: a folder, a run of `moestro train`, an adapter of PEFT, or a name on the hub.
         data: Files, folders, globs or hf:NAME; LABEL=PATH names its domain, PATH::COLUMN its text column.
         text_column: Column that holds the text in .jsonl, .csv and .parquet; a+b joins two.
-        tokenizer: Folder or name of a tokenizer of transformers. Default: each checkpoint's own.
         max_bytes: Use at most this much of each domain.
-        sequence_length: Default: 512, or what the model can take.
-        batch_tokens: Tokens that run at once; MaxVio within a batch depends on it.
-        dtype: Of the computation. auto: bfloat16 where this machine gains by it.
         out: Folder of report.html and routing.json. Default: runs/inspect- and the checkpoints' names.
     """
+    if running.robustness and not data:
+        raise Misuse("--robustness needs a text to run the model on: name it with --data")
     found = find(checkpoints)
     text = read_text(data, text_column=text_column, max_bytes=max_bytes) if data else None
     findings = [describe(checkpoint) for checkpoint in found]
@@ -226,35 +258,9 @@ def inspect(
     if text is None:
         return
     folder = out or Path("runs") / f"inspect-{slug([checkpoint.name for checkpoint in found])}"
-    how = Running(tokenizer=tokenizer, sequence_length=sequence_length, batch_tokens=batch_tokens, dtype=dtype)
-    result = study_routing(found, findings, text, how, folder, command=shlex.join(["moestro", *sys.argv[1:]]))
+    result = study_routing(found, findings, text, running, folder, command=shlex.join(["moestro", *sys.argv[1:]]))
     print_study(result, console)
     print(f"\nreport: {folder / 'report.html'}")
-
-
-def print_estimates(rows: list[Estimate]) -> None:
-    """What is known before anything is built."""
-    first, console = rows[0], Console()
-    title = f"size {first.size}, {first.tokens:,} tokens per run, sequences of {first.sequence_length}"
-    table = Table(title=title, box=rich.box.SIMPLE, pad_edge=False)
-    table.add_column("")
-    for row in rows:
-        table.add_column(row.name, justify="right", overflow="fold")
-    table.add_row("parameters", *(f"{row.parameters:,}" for row in rows))
-    table.add_row("active", *(f"{row.active_parameters:,}" for row in rows))
-    table.add_row("forward FLOPs", *(f"{row.forward_flops:,}" for row in rows))
-    table.add_row("memory", *(f"{row.memory_bytes / 1e9:,.1f} GB" for row in rows))
-    table.add_row("time", *(row.duration for row in rows))
-    console.print(table)
-    for row in rows:
-        console.print(f"{row.name}: {row.description}", markup=False)
-    speed = f"{first.device_flops / 1e9:,.0f} GFLOP/s"
-    console.print(
-        "FLOPs are per token. Memory counts weights, gradients and AdamW in fp32, and an estimate of the activations. "
-        f"Time is what {first.runs} run(s) would take at the full speed of this machine's {first.dtype} matrix "
-        f"products, {speed} measured now: expect more.",
-        markup=False,
-    )
 
 
 def export(folder: Path) -> None:

@@ -3,7 +3,9 @@
 import datetime
 import shlex
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,15 +14,16 @@ import torch
 from rich.console import Console
 
 import moestro
-from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run
+from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run, Sweep
 from moestro.data.preparation import PreparedData
-from moestro.errors import Misuse
+from moestro.errors import Misuse, TrainingFailed
 from moestro.models.counting import count_parameters, training_flops_per_token
 from moestro.records import write_record
 from moestro.report import write_report
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
-from moestro.training.recipes import Recipe
-from moestro.training.runs import environment
+from moestro.sweep import Grid, at_rate, noted_failure, sweep, with_chosen
+from moestro.training.recipe import Recipe
+from moestro.training.runs import RUN, describe_run, environment, open_run
 from moestro.training.train import Options, recorded_dtype, resolve_dtype, train
 
 TOLERANCE = 0.02
@@ -37,6 +40,8 @@ class Plan:
     differences: tuple[str, ...]
     """What is not equal although it should be; empty unless the user allowed it."""
     command: str
+    grid: Grid | None = None
+    """What chooses each recipe's learning rate first; None: the recipes say them."""
 
 
 def plan(
@@ -46,24 +51,39 @@ def plan(
     match: Literal["tokens", "flops"] = "tokens",
     allow_unequal: bool = False,
     command: Sequence[str] = (),
+    grid: Grid | None = None,
 ) -> Plan:
     """Match the budgets, and refuse with the number that differs what would not be a fair comparison."""
-    names = [recipe.name for recipe in recipes]
-    if not recipes:
-        raise Misuse("compare needs at least one recipe")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise Misuse(f"every recipe must be named once, got {twice!r} {names.count(twice)} times")
-    if not seeds:
-        raise Misuse("seeds must be at least 1, got 0")
+    check(recipes, seeds, match, grid)
     if match == "flops":
         recipes = [with_flops_of(recipes[0], recipe) for recipe in recipes]
     differences = tuple(unequal(recipes, match))
     if differences and not allow_unequal:
         raise Misuse(f"budgets must be equal: {differences[0]}; change the recipe, or say --allow-unequal")
     return Plan(
-        recipes=tuple(recipes), seeds=tuple(seeds), match=match, differences=differences, command=shlex.join(command)
+        recipes=tuple(recipes),
+        seeds=tuple(seeds),
+        match=match,
+        differences=differences,
+        command=shlex.join(command),
+        grid=grid,
     )
+
+
+def check(recipes: Sequence[Recipe], seeds: Sequence[int], match: str, grid: Grid | None) -> None:
+    """Raise Misuse unless these can be compared at all."""
+    names = [recipe.name for recipe in recipes]
+    if not recipes:
+        raise Misuse("compare needs at least one recipe")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Misuse(f"every recipe must be named once, got {twice!r} {names.count(twice)} times")
+    if not seeds and grid is None:
+        raise Misuse("seeds must be at least 1 (or 0 beside --sweep: the screening alone), got 0")
+    if negative := [seed for seed in (*seeds, *([grid.seed] if grid else ())) if seed < 0]:
+        raise Misuse(f"a seed must be at least 0, got {negative[0]}")
+    if grid is not None:
+        grid.validate(recipes, seeds, match)
 
 
 def with_flops_of(first: Recipe, recipe: Recipe) -> Recipe:
@@ -107,33 +127,86 @@ def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
 
 def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
     """Train what is not trained yet, and write `comparison.json` and `report.html`."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    first = recorded_dtype(the_plan.recipes[0], run_folder(folder, the_plan.recipes[0], the_plan.seeds[0]))
-    first = resolve_dtype(first, console, device)
-    dtype = first.training.dtype
-    recipes = [replace(r, training=replace(r.training, dtype=dtype)) for r in the_plan.recipes]
-    runs: dict[str, list[Run]] = {recipe.name: [] for recipe in recipes}
+    the_plan = with_one_dtype(the_plan, folder, console)
+    run = partial(train_or_read, the_plan=the_plan, data=data, folder=folder, console=console, options=options)
+    found = None
+    if the_plan.grid is not None:
+        found = sweep(the_plan.recipes, the_plan.grid, run)
+        the_plan = screened(the_plan, the_plan.grid, found)
+    runs: dict[str, list[Run]] = {recipe.name: [] for recipe in the_plan.recipes}
     for seed in the_plan.seeds:
-        for recipe in recipes:
-            run = train(recipe, data, run_folder(folder, recipe, seed), seed=seed, console=console, options=options)
-            runs[recipe.name].append(run)
-            loss, speed = run.held_out.loss, run.tokens_per_second or 0
-            console.print(f"{recipe.name} seed {seed}: held-out loss {loss:.4f}, {speed:,.0f} tokens/s", markup=False)
-    comparison = assemble(replace(the_plan, recipes=tuple(recipes)), runs, data, folder)
+        for recipe in the_plan.recipes:
+            runs[recipe.name].append(run(recipe, seed))
+    comparison = replace(assemble(the_plan, runs, data, folder), sweep=found)
     write_record(comparison, folder / "comparison.json")
     write_report(comparison, folder / "report.html")
     return comparison
 
 
-def run_folder(folder: Path, recipe: Recipe, seed: int) -> Path:
+def train_or_read(
+    recipe: Recipe,
+    seed: int,
+    *,
+    the_plan: Plan,
+    data: PreparedData,
+    folder: Path,
+    console: Console,
+    options: Options,
+) -> Run:
+    """One run of the comparison, and a line about it."""
+    where = run_folder(folder, recipe, seed, the_plan)
+    rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
+    screening = the_plan.grid is not None and seed == the_plan.grid.seed
+    open_run(where, describe_run(recipe, data, seed))  # before a failure is read there: it must be this run's
+    try:
+        with noted_failure(where) if screening else nullcontext():
+            run = train(recipe, data, where, seed=seed, console=console, options=options)
+    except TrainingFailed as error:
+        if screening:  # which goes on
+            console.print(f"{recipe.name} seed {seed}{rate}: {error}", markup=False)
+        raise
+    loss, speed = run.held_out.loss, run.tokens_per_second or 0
+    console.print(f"{recipe.name} seed {seed}{rate}: held-out loss {loss:.4f}, {speed:,.0f} tokens/s", markup=False)
+    return run
+
+
+def with_one_dtype(the_plan: Plan, folder: Path, console: Console) -> Plan:
+    """`dtype=auto` decided once for all recipes that have it, as an earlier start in this folder did."""
+    undecided = [recipe for recipe in the_plan.recipes if recipe.training.dtype == "auto"]
+    if not undecided:
+        return the_plan
+    earlier = [path.parent for r in undecided for path in sorted(recipe_folder(folder, r).rglob(RUN))]
+    first = recorded_dtype(undecided[0], earlier[0]) if earlier else undecided[0]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = resolve_dtype(first, console, device).training.dtype
+    decided = [replace(r, training=replace(r.training, dtype=dtype)) if r in undecided else r for r in the_plan.recipes]
+    return replace(the_plan, recipes=tuple(decided))
+
+
+def screened(the_plan: Plan, grid: Grid, found: Sweep) -> Plan:
+    """The plan at the learning rates that the sweep chose; without seeds, of the screening runs themselves."""
+    recipes = with_chosen(the_plan.recipes, found)
+    if the_plan.seeds:
+        return replace(the_plan, recipes=tuple(recipes))
+    recipes = [at_rate(recipe, recipe.training.learning_rate, grid) for recipe in recipes]
+    return replace(the_plan, recipes=tuple(recipes), seeds=(grid.seed,))
+
+
+def run_folder(folder: Path, recipe: Recipe, seed: int, the_plan: Plan) -> Path:
     """Where a run of the comparison lives."""
-    safe = "".join(c if c.isalnum() or c in "+-=,._" else "_" for c in recipe.name)
-    return folder / safe / f"seed-{seed}"
+    t = recipe.training
+    swept = f"learning_rate={t.learning_rate:g},tokens={t.tokens}" if the_plan.grid else ""
+    return recipe_folder(folder, recipe) / swept / f"seed-{seed}"
+
+
+def recipe_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where all runs of a recipe live."""
+    return folder / "".join(c if c.isalnum() or c in "+-=,._" else "_" for c in recipe.name)
 
 
 def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, folder: Path) -> Comparison:
     """The comparison's record from its runs."""
-    recipes, seeds = the_plan.recipes, the_plan.seeds
+    recipes = the_plan.recipes
     losses = [[run.held_out.loss for run in runs[recipe.name]] for recipe in recipes]
     differences = [None, *(compare_with_first(losses) if len(recipes) > 1 else ())]
     results = []
@@ -149,7 +222,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
                 flops_per_token=float(training_flops(recipe)),
                 runs=tuple(runs[recipe.name]),
                 difference=difference,
-                document_bootstrap=None if difference is None else bootstrap(folder, recipe, recipes[0], seeds),  # pyright: ignore[reportGeneralTypeIssues]
+                document_bootstrap=None if difference is None else bootstrap(folder, recipe, the_plan),  # pyright: ignore[reportGeneralTypeIssues]
             )
         )
     return Comparison(
@@ -161,7 +234,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
         gzip_bits_per_byte=data.gzip_bits_per_byte["all"],
         gzip_domains={name: bits for name, bits in data.gzip_bits_per_byte.items() if name != "all"},
         environment=environment(),
-        seeds=seeds,
+        seeds=the_plan.seeds,
         recipes=tuple(results),
     )
 
@@ -182,9 +255,10 @@ def budget(the_plan: Plan, first: RecipeResult) -> Budget:
     )
 
 
-def bootstrap(folder: Path, recipe: Recipe, first: Recipe, seeds: Sequence[int]) -> DocumentBootstrap:
+def bootstrap(folder: Path, recipe: Recipe, the_plan: Plan) -> DocumentBootstrap:
     """Resample the held-out documents, losses averaged over seeds."""
-    pairs = [[np.load(run_folder(folder, r, s) / "held_out.npz") for s in seeds] for r in (recipe, first)]
+    arms = (recipe, the_plan.recipes[0])
+    pairs = [[np.load(run_folder(folder, r, s, the_plan) / "held_out.npz") for s in the_plan.seeds] for r in arms]
     tokens = pairs[0][0]["tokens"]
     a, b = (np.mean([run["nll"] for run in runs], axis=0)[tokens > 0] for runs in pairs)
     return document_bootstrap(a, b, tokens[tokens > 0])

@@ -80,6 +80,22 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ComposedStatistics:
+    """What a sub-layer owes to the MoE sub-layer before it in its block, on the held-out text."""
+
+    size: float | None
+    """What the sub-layers before it change in its output, over its output without them: BA against B."""
+    rerouted: float | None
+    """Share of its choices that it would not make without them."""
+    histogram: tuple[tuple[float, ...], ...]
+    """Share of all pairs of an expert of the sub-layer before (rows) and one of this; sums to 1."""
+    mutual_information: float
+    """Between the two, in nats."""
+    mutual_information_shuffled: float
+    """What it would be if choices were dealt to tokens at random: that much is chance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStatistics:
     """How one MoE layer of a finished run routed the held-out text."""
 
@@ -106,6 +122,8 @@ class LayerStatistics:
     """What it would be if the tokens' domains were shuffled: that much is chance."""
     column_variance: float | None = None
     """Variance over tokens of their scores after top-k, summed over experts: 0 when collapsed."""
+    composed: ComposedStatistics | None = None
+    """None for the first MoE sub-layer of a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +157,26 @@ class RecipeResult:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Screened:
+    """One recipe at one learning rate."""
+
+    learning_rate: float
+    loss: float | None
+    """On the held-out text; None where training failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """How each recipe's learning rate was chosen: the same grid for all, on a seed that no interval contains."""
+
+    seed: int
+    tokens: dict[str, int]
+    """Training tokens of each recipe's screening runs."""
+    screened: dict[str, tuple[Screened, ...]]
+    chosen: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """Recipes trained on one budget, measured on the same held-out text; the others are compared to the first."""
 
@@ -158,6 +196,8 @@ class Comparison:
     """Versions and hardware."""
     seeds: tuple[int, ...]
     recipes: tuple[RecipeResult, ...]
+    sweep: Sweep | None = None
+    """How learning rates were chosen; None where the recipes said them."""
 
     def __post_init__(self) -> None:
         if not self.recipes:
@@ -168,3 +208,5 @@ class Comparison:
                     f"every recipe must have one run per seed {list(self.seeds)}, in that order; "
                     f"{recipe.name} has {[run.seed for run in recipe.runs]}"
                 )
+            if self.sweep is not None and recipe.name not in self.sweep.chosen:
+                raise Misuse(f"a sweep must hold every recipe of its comparison, and lacks {recipe.name}")

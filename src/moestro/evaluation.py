@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,9 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moestro.adapters.composed import ComposedFigures, ComposedMeter
 from moestro.adapters.meter import RoutingMeter
-from moestro.comparison import DomainLoss, HeldOut, LayerStatistics
+from moestro.comparison import ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
 from moestro.data.packing import PackedRows
+from moestro.joint_routing import JointFigures
+
+COMPOSED_TOKENS = 16_384
+"""Held-out tokens on which composed sub-layers are looked at: they run twice there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,21 +62,36 @@ def evaluate(
     mine = range(rank, min(len(rows), max_rows or len(rows)), ranks)
     batch_rows = max(1, batch_tokens // rows.sequence_length)
     has_experts = routing and bool(getattr(model.config, "has_experts", False))  # type: ignore[union-attr]
+    composed: dict[str, ComposedFigures] = {}
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        if has_experts:
-            with meter.attach(model) as current:
-                for start in range(0, len(mine), batch_rows):
-                    batch = collate(rows, mine[start : start + batch_rows], device)
-                    current.domain = batch["domain"]
-                    add_losses(sums, model, batch)
-        else:
+        with meter.attach(model) if has_experts else nullcontext() as current:
             for start in range(0, len(mine), batch_rows):
-                add_losses(sums, model, collate(rows, mine[start : start + batch_rows], device))
+                batch = collate(rows, mine[start : start + batch_rows], device)
+                if current is not None:
+                    current.domain = batch["domain"]
+                add_losses(sums, model, batch)
+        if has_experts:
+            composed = composed_figures(model, rows, batch_rows)
     if ranks > 1:
         dist.all_reduce(sums)
     model.train(was_training)
     nll, tokens = sums.cpu().numpy()
-    return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layer_statistics(meter, domains))
+    layers = layer_statistics(meter, domains, composed)
+    return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layers)
+
+
+@torch.no_grad()
+def composed_figures(model: nn.Module, rows: PackedRows, batch_rows: int) -> dict[str, ComposedFigures]:
+    """What sub-layers of one block owe to each other, on the first `COMPOSED_TOKENS`; every rank looks at the same."""
+    meter = ComposedMeter()
+    with meter.attach(model):
+        if meter.finds_nothing:
+            return {}
+        device = next(model.parameters()).device
+        last = min(len(rows), max(1, COMPOSED_TOKENS // rows.sequence_length))
+        for start in range(0, last, batch_rows):
+            model(**inputs_of(collate(rows, range(start, min(last, start + batch_rows)), device)), use_cache=False)
+    return meter.figures()
 
 
 def collate(rows: PackedRows, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
@@ -81,8 +102,7 @@ def collate(rows: PackedRows, indices: Sequence[int], device: torch.device) -> d
 
 def add_losses(sums: Float[Tensor, "2 documents"], model: nn.Module, batch: dict[str, Tensor]) -> None:
     """Add each document's summed loss and number of predicted tokens."""
-    inputs = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
-    logits = model(**inputs, use_cache=False).logits
+    logits = model(**inputs_of(batch), use_cache=False).logits
     labels = batch["labels"][:, 1:]
     losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
     document = batch["document"][:, 1:].flatten()
@@ -90,8 +110,16 @@ def add_losses(sums: Float[Tensor, "2 documents"], model: nn.Module, batch: dict
     sums[1].index_add_(0, document, (labels.flatten() != -100).double())
 
 
-def layer_statistics(meter: RoutingMeter, domains: Sequence[str]) -> tuple[LayerStatistics, ...]:
-    """What the meter counted, as records of a comparison."""
+def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the model reads of a batch."""
+    return {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
+
+
+def layer_statistics(
+    meter: RoutingMeter, domains: Sequence[str], composed: dict[str, ComposedFigures]
+) -> tuple[LayerStatistics, ...]:
+    """What the meters counted, as records of a comparison."""
+    joint = meter.joint_figures()
     return tuple(
         LayerStatistics(
             name=name,
@@ -106,8 +134,20 @@ def layer_statistics(meter: RoutingMeter, domains: Sequence[str]) -> tuple[Layer
             domain_mutual_information=figures.domain_mutual_information,
             domain_mutual_information_shuffled=figures.domain_mutual_information_shuffled,
             column_variance=figures.column_variance,
+            composed=composed_statistics(joint[name], composed.get(name)) if name in joint else None,
         )
         for name, figures in meter.figures().items()
+    )
+
+
+def composed_statistics(joint: JointFigures, composed: ComposedFigures | None) -> ComposedStatistics:
+    """What a sub-layer owes to the one before it, as a record of a comparison."""
+    return ComposedStatistics(
+        size=composed.size if composed else None,
+        rerouted=composed.rerouted if composed else None,
+        histogram=tuple(map(tuple, joint.histogram)),
+        mutual_information=joint.mutual_information,
+        mutual_information_shuffled=joint.mutual_information_shuffled,
     )
 
 

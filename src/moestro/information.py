@@ -23,17 +23,24 @@ EXACT_BELOW, TERMS = 50.0, 160
 
 
 def expected_mutual_information(
-    tokens: Float[Tensor, " labels"], times: Float[Tensor, " labels"], chosen_by: Float[Tensor, " experts"]
+    tokens: Float[Tensor, " labels"],
+    times: Float[Tensor, " labels"],
+    chosen_by: Float[Tensor, " experts"],
+    *,
+    among: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, ""]:
     """Mutual information of label and expert, in nats per choice, expected over all ways to deal labels to tokens.
 
-    `times` labels have `tokens` tokens each; `chosen_by` tokens chose each expert (each of them once). A token's
-    choices stay together, so the tokens of one label that chose an expert are n ~ hypergeometric, m its mean, and the
-    expectation is sum over labels and experts of E[n log(n / m)] / choices. With one choice per token it is the
-    "expected mutual information" of the adjusted mutual information score. From `EXACT_BELOW` on E[n log(n / m)] is
-    variance / 2m, within 0.4 %.
+    `times` labels have `tokens` tokens each; `chosen_by` tokens chose each expert (each of them once). There are
+    `among` tokens in all; None: as many as labels were dealt, one to each token. A token's choices, and its labels
+    where it has several, stay together, so the tokens of one label that chose an expert are n ~ hypergeometric, m its
+    mean, and the expectation is sum over labels and experts of E[n log(n / m)] / pairs of a label and a choice. With
+    one label and one choice per token it is the "expected mutual information" of the adjusted mutual information
+    score. From `EXACT_BELOW` on E[n log(n / m)] is variance / 2m, within 0.4 %.
     """
-    everything, choices = (tokens * times).sum(), chosen_by.sum()
+    labels = (tokens * times).sum()
+    everything = labels if among is None else among
+    choices = chosen_by.sum() * labels / everything.clamp_min(1)
     if everything < 2 or choices == 0:
         return torch.zeros_like(choices)
     draws, hits = torch.broadcast_tensors(tokens[:, None], chosen_by.clamp_max(everything)[None])

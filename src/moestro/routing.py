@@ -6,6 +6,7 @@ metrics and reports read records and never know which model they look at. Shapes
 positions of a batch in row order, `k` the slots of one token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,6 +112,26 @@ class LayerRecord:
     competition: Competition | None = None
     recomputed: bool = False
     """True while a checkpointed layer is run again in the backward pass: losses count again, statistics do not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """What a reroute is given: one layer's tokens, and where the router would send them."""
+
+    layer: MoELayer
+    batch: Batch
+    hidden: Float[Tensor, "tokens dim"]
+    """What the experts are given."""
+    routing: Routing
+    """What the router chose."""
+    select: Callable[..., Routing]
+    """`select(banned=None, noise=None)`: the router's own rule once more, where `banned["tokens experts"]` cannot be
+    chosen and `noise["tokens experts"]` is added to the logits, in units of their standard deviation over the token's
+    experts. The weights are whatever the rule makes of the new choice."""
+
+
+Reroute = Callable[[Proposal], Routing]
+"""What decides in the router's place; `proposal.routing` leaves everything as it is."""
 
 
 def chosen(routing: Routing, batch: Batch) -> Float[Tensor, "tokens k"]:

@@ -19,12 +19,19 @@ from moestro.training.train import Interrupted
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """How the user wants the models run; None is for the checkpoints to say."""
+    """How to run the models."""
 
     tokenizer: str | None = None
+    """Folder or name of a tokenizer of transformers. Default: each checkpoint's own."""
     sequence_length: int | None = None
+    """Default: 512, or what the model can take."""
     batch_tokens: int = 4096
+    """Tokens that run at once; MaxVio within a batch depends on it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation. auto: bfloat16 where this machine gains by it."""
+    robustness: bool = False
+    """Also run the text with each token's first expert disabled, in every layer singly and in all, with random experts
+    in its place, and with noise on the router's logits: one pass for each."""
 
 
 def study_routing(
@@ -75,5 +82,6 @@ def conditions_here(found: Sequence[Checkpoint], running: Running) -> Conditions
         batch_tokens=running.batch_tokens,
         dtypes=tuple(torch.float32 if dtype == torch.float32 else of_file for of_file in stored),
         autocast=dtype == torch.bfloat16,
+        robustness=running.robustness,
         device=device,
     )

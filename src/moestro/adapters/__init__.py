@@ -6,4 +6,5 @@ from moestro.adapters.layers import moe_layers as moe_layers
 from moestro.adapters.meter import RoutingMeter as RoutingMeter
 from moestro.adapters.parameters import freeze as freeze
 from moestro.adapters.parameters import parameter_groups as parameter_groups
+from moestro.adapters.reroute import reroute as reroute
 from moestro.adapters.watch import observe as observe

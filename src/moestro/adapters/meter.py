@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from moestro.adapters.tap import TAP, Pass, Tap
 from moestro.adapters.watch import Listener, Watch, watch
+from moestro.joint_routing import JointFigures, JointSums, joint_figures, joint_sums, no_joint_sums
 from moestro.metrics import RoutingFigures, RoutingSums, no_sums, routing_figures, routing_sums, subset
-from moestro.routing import LayerRecord, MoELayer
+from moestro.routing import LayerRecord, MoELayer, Routing
+
+Sums = TypeVar("Sums", RoutingSums, JointSums)
 
 SAMPLE = 512
 """Tokens per layer and pass that are looked at in detail."""
@@ -31,7 +35,10 @@ class RoutingMeter:
         """Whether passes are looked at in detail: overlap and cosines, of a sample of `SAMPLE` tokens."""
         self.sums: dict[str, RoutingSums] = {}
         """On each layer's device; empty where nothing was counted."""
+        self.joint: dict[str, JointSums] = {}
+        """Of each layer with the one before it in its block, where there is one."""
         self._layers: dict[str, MoELayer] = {}
+        self._before: tuple[MoELayer, Routing] | None = None
         self._counting = False
 
     @contextmanager
@@ -45,41 +52,62 @@ class RoutingMeter:
         return self._count
 
     def _begin(self, current: Pass, inputs: dict[str, Any]) -> None:
-        self._counting = current.training == self.training
+        self._counting, self._before = current.training == self.training, None
 
     def _count(self, record: LayerRecord) -> None:
         if record.recomputed or not self._counting:
             return
-        name = record.layer.name
+        layer = record.layer
         sums = routing_sums(record, self.num_domains, sample_of(record) if self.detailed else None)
-        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+        self.sums[layer.name] = self.sums[layer.name] + sums if layer.name in self.sums else sums
+        if self._before is not None and self._before[0].block == layer.block:
+            earlier, routing = self._before
+            joint = joint_sums(routing, record.routing, record.batch, (earlier.num_experts, layer.num_experts))
+            self.joint[layer.name] = self.joint[layer.name] + joint if layer.name in self.joint else joint
+        self._before = layer, record.routing
 
     def figures(self) -> dict[str, RoutingFigures]:
         """Figures of each layer that saw a token, over all ranks (call it on all of them). Changes nothing."""
-        return {name: routing_figures(sums) for name, sums in self._over_ranks().items() if sums.tokens > 0}
-
-    def _over_ranks(self) -> dict[str, RoutingSums]:
-        """The sums on the CPU: one reduction and one wait for the device, whatever the number of layers."""
         mine = {name: self.sums.get(name) or self._nothing(layer) for name, layer in self._layers.items()}
-        flat = [getattr(sums, f.name) for sums in mine.values() for f in fields(sums)]
-        if not flat:
-            return {}
-        total = torch.cat([part.flatten().to(flat[0].device) for part in flat])
-        if dist.is_initialized():
-            dist.all_reduce(total)
-        parts = iter(total.cpu().split([part.numel() for part in flat]))
-        return {
-            name: RoutingSums(**{f.name: next(parts).view(getattr(sums, f.name).shape) for f in fields(sums)})
-            for name, sums in mine.items()
+        return {name: routing_figures(sums) for name, sums in over_ranks(mine).items() if sums.tokens > 0}
+
+    def joint_figures(self) -> dict[str, JointFigures]:
+        """Of each layer that another MoE layer of its block stands before, the two together; over all ranks."""
+        mine = {
+            later.name: self.joint.get(later.name)
+            or no_joint_sums((earlier.num_experts, later.num_experts), device_of(later))
+            for earlier, later in pairwise(self._layers.values())
+            if earlier.block == later.block
         }
+        return {name: joint_figures(sums) for name, sums in over_ranks(mine).items() if sums.tokens > 0}
 
     def _nothing(self, layer: MoELayer) -> RoutingSums:
         """A rank may have had no batch, and takes part in the reduction all the same."""
-        return no_sums(self.num_domains, layer.num_experts, next(layer.experts.parameters()).device)
+        return no_sums(self.num_domains, layer.num_experts, device_of(layer))
 
     def reset(self) -> None:
         """Start anew."""
-        self.sums = {}
+        self.sums, self.joint = {}, {}
+
+
+def over_ranks(mine: dict[str, Sums]) -> dict[str, Sums]:
+    """The sums of all ranks, on the CPU: one reduction and one wait for the device, however many there are."""
+    flat = [getattr(sums, f.name) for sums in mine.values() for f in fields(sums)]
+    if not flat:
+        return {}
+    total = torch.cat([part.flatten().to(flat[0].device) for part in flat])
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    parts = iter(total.cpu().split([part.numel() for part in flat]))
+    return {
+        name: type(sums)(**{f.name: next(parts).view(getattr(sums, f.name).shape) for f in fields(sums)})
+        for name, sums in mine.items()
+    }
+
+
+def device_of(layer: MoELayer) -> torch.device:
+    """Where a layer's experts are."""
+    return next(layer.experts.parameters()).device
 
 
 @torch.no_grad()

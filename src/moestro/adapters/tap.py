@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moestro.adapters.layers import routing_of
 from moestro.errors import Misuse
 from moestro.models.grouped_padded import PADDED_MM, unmixed
-from moestro.routing import Batch, LayerRecord, MoELayer
+from moestro.routing import Batch, LayerRecord, MoELayer, Routing
 
 if TYPE_CHECKING:
     from moestro.adapters.watch import Watch
@@ -58,6 +58,8 @@ class Tap:
         self.firings = 0
         """How often the layer ran in this pass."""
         self.consumers: list[Callable[[LayerRecord], None]] = []
+        self.reroute: Callable[[Batch, Tensor, Any, Routing], Routing] | None = None
+        """Gets batch, input of the experts, what the router returned and the routing in it; returns what is to run."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         # A copy of a watched model is not watched, but runs its own experts.
@@ -106,34 +108,26 @@ class Tap:
         """A forward hook on the router."""
         self.routed = output
 
-    def report(
-        self,
-        hidden: Float[Tensor, "tokens dim"],
-        expert: Int[Tensor, "tokens k"],
-        weight: Float[Tensor, "tokens k"],
-        outputs: Float[Tensor, "tokens k dim"] | None,
-    ) -> None:
-        """Hand this layer's record to whoever listens."""
-        if self.watch is None:
-            return
-        current = self.watch.current
+    def decide(
+        self, batch: Batch, hidden: Float[Tensor, "tokens dim"], expert: Tensor, weight: Tensor
+    ) -> tuple[Routing, Routing]:
+        """What the router proposed, and what shall run."""
         routed, self.routed = self.routed, None
-        if current is None:
-            return  # the layer was called by itself, before any pass of the model
+        proposed = routing_of(self.layer, routed, expert, weight)
+        if self.reroute is None:
+            return proposed, proposed
+        routing = self.reroute(batch, hidden, routed, proposed)
+        return proposed, replace(
+            routing, expert=routing.expert.to(expert.dtype), weight=routing.weight.to(weight.dtype)
+        )
+
+    def report(self, current: Pass, record: LayerRecord) -> None:
+        """Hand this layer's record to whoever listens."""
+        assert self.watch is not None
         if current.open:
             self.firings += 1
             if current.training and not torch.is_grad_enabled() and self.watch.adds_losses:
                 raise Misuse(REENTRANT)
-        routing = routing_of(self.layer, routed, expert, weight)
-        record = LayerRecord(
-            layer=self.layer,
-            batch=fitting(current.batch, hidden, of_inputs=self.of_inputs),
-            hidden=hidden,
-            proposed=routing,
-            routing=routing,
-            outputs=outputs,
-            recomputed=not current.open,
-        )
         for consume in self.consumers:
             consume(record)
 
@@ -142,13 +136,27 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     """The `forward` of a watched experts module."""
     tap: Tap = getattr(self, TAP)
     current = tap.watch.current if tap.watch else None
+    if current is None:  # a copy of a watched model, or a layer called by itself before any pass of the model
+        tap.routed = None
+        return tap.run(hidden_states, top_k_index, top_k_weights, *args)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    if current is None or not current.wants_outputs:
-        mixed, outputs = tap.run(hidden_states, top_k_index, top_k_weights, *args), None
+    batch = fitting(current.batch, hidden, of_inputs=tap.of_inputs)
+    proposed, routing = tap.decide(batch, hidden, top_k_index, top_k_weights)
+    if current.wants_outputs:
+        outputs = tap.outputs(hidden, routing.expert, routing.weight, *args)
+        mixed = (outputs * routing.weight.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
     else:
-        outputs = tap.outputs(hidden, top_k_index, top_k_weights, *args)
-        mixed = (outputs * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
-    tap.report(hidden, top_k_index, top_k_weights, outputs)
+        mixed, outputs = tap.run(hidden_states, routing.expert, routing.weight, *args), None
+    record = LayerRecord(
+        layer=tap.layer,
+        batch=batch,
+        hidden=hidden,
+        proposed=proposed,
+        routing=routing,
+        outputs=outputs,
+        recomputed=not current.open,
+    )
+    tap.report(current, record)
     return mixed
 
 

@@ -3,6 +3,7 @@
 from moestro.inspection.checkpoints import Checkpoint, find, load, on_meta, stored_dtype
 from moestro.inspection.findings import Finding, describe
 from moestro.inspection.measuring import Conditions, Measured, MeasuredLayer, RoutingStudy, study
+from moestro.inspection.robustness import Robustness, RobustnessTest, Scope
 from moestro.inspection.texts import Text, read_text
 
 __all__ = [
@@ -11,7 +12,10 @@ __all__ = [
     "Finding",
     "Measured",
     "MeasuredLayer",
+    "Robustness",
+    "RobustnessTest",
     "RoutingStudy",
+    "Scope",
     "Text",
     "describe",
     "find",

@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.meter import RoutingMeter
+from moestro.adapters.watch import Watch
 from moestro.comparison import HeldOut
 from moestro.data.packing import PackedRows
 from moestro.data.progress import watched
@@ -24,6 +25,7 @@ from moestro.evaluation import Evaluation, add_losses, collate, held_out
 from moestro.inspection.checkpoints import Checkpoint, load, tokenizer_of
 from moestro.inspection.findings import Finding
 from moestro.inspection.places import labels
+from moestro.inspection.robustness import Robustness, measure_robustness
 from moestro.inspection.texts import Text, packed
 from moestro.metrics import RoutingFigures
 
@@ -57,6 +59,8 @@ class Measured:
     prediction: HeldOut
     layers: tuple[MeasuredLayer, ...]
     notes: tuple[str, ...] = ()
+    robustness: Robustness | None = None
+    """None where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,8 @@ class Conditions:
     """Of each checkpoint's weights."""
     autocast: bool = False
     """Matrix products in bfloat16."""
+    robustness: bool = False
+    """Whether to perturb the routing too."""
     device: torch.device = CPU
 
 
@@ -162,7 +168,7 @@ def measure(
     check_head(model, checkpoint, tokenizer)
     meter = RoutingMeter(num_domains=len(text.domains))
     meter.detailed = True
-    evaluation = run(model, rows, meter, conditions, f"running {checkpoint.name}")
+    evaluation = run(model, rows, meter.attach(model), conditions, f"running {checkpoint.name}")
     if not np.isfinite(evaluation.nll).all():
         raise TrainingFailed(f"{checkpoint.spec} gives a loss that is not finite: are its weights whole?")
     prediction = held_out(evaluation, text.document_bytes, text.document_domain, text.domains)
@@ -173,7 +179,19 @@ def measure(
         prediction=prediction,
         layers=measured_layers(model, meter, text.domains),
         notes=notes,
+        robustness=perturbed(model, rows, conditions, checkpoint.name, evaluation.loss)
+        if conditions.robustness
+        else None,
     )
+
+
+def perturbed(model: nn.Module, rows: PackedRows, conditions: Conditions, name: str, loss: float) -> Robustness:
+    """What perturbed routing does to the model's `loss` on the same rows."""
+
+    def loss_of(rerouted: AbstractContextManager[Watch], words: str) -> float:
+        return run(model, rows, rerouted, conditions, f"{name}: {words}").loss
+
+    return measure_robustness(model, moe_layers(model), loss, loss_of)
 
 
 def check_head(model: nn.Module, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -191,14 +209,16 @@ def check_head(model: nn.Module, checkpoint: Checkpoint, tokenizer: PreTrainedTo
 
 
 @torch.no_grad()
-def run(model: Any, rows: PackedRows, meter: RoutingMeter, conditions: Conditions, doing: str) -> Evaluation:
-    """The model over all rows, watched by `meter`."""
+def run(
+    model: Any, rows: PackedRows, watching: AbstractContextManager[Watch], conditions: Conditions, doing: str
+) -> Evaluation:
+    """The model over all rows, within a context that watches it."""
     sums = torch.zeros(2, len(rows.document_domain), dtype=torch.float64, device=conditions.device)
     size = max(1, conditions.batch_tokens // rows.sequence_length)
     starts = range(0, len(rows), size)
     with (
         torch.autocast(conditions.device.type, dtype=torch.bfloat16, enabled=conditions.autocast),
-        meter.attach(model) as current,
+        watching as current,
     ):
         for start in watched(starts, doing, total=len(starts), patience=0.5):
             batch = collate(rows, range(start, min(start + size, len(rows))), conditions.device)

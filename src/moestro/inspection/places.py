@@ -6,6 +6,8 @@ from itertools import groupby
 
 from moestro.routing import MoELayer
 
+ORDINALS = ("first", "second", "third", "fourth")
+
 
 def block_number(layer: MoELayer) -> int:
     """Index of the layer's block in its stack."""
@@ -21,6 +23,21 @@ def places(layers: Sequence[MoELayer]) -> str:
     if len(stacks) == 1:
         return spans(next(iter(stacks.values())))
     return "; ".join(f"{stack}: {spans(numbers)}" for stack, numbers in stacks.items())
+
+
+def in_blocks(layers: Sequence[MoELayer]) -> dict[str, list[MoELayer]]:
+    """Where blocks hold several MoE layers: all that are the first of theirs, all that are the second, and so on."""
+    blocks = [layer.block for layer in layers]
+    several = [i for i, block in enumerate(blocks) if blocks.count(block) > 1]
+    found: dict[str, list[MoELayer]] = {}
+    for i in several:
+        found.setdefault(ordinal(blocks[:i].count(blocks[i])), []).append(layers[i])
+    return found
+
+
+def ordinal(index: int) -> str:
+    """ "first" for 0, and so on."""
+    return ORDINALS[index] if index < len(ORDINALS) else f"{index + 1}th"
 
 
 def spans(numbers: Sequence[int]) -> str:

@@ -1,7 +1,7 @@
 """What a model is made of: `MoestroConfig`, and the sub-layers that its blocks list."""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -73,6 +73,15 @@ class MoE:
 
 SubLayer = Dense | MoE
 
+Composition = Literal["serial", "parallel", "tied", "shared-pool"]
+"""How the feed-forward sub-layers of a block are composed (CartesianMoE, arXiv:2410.16077, and its controls):
+
+serial: each reads the residual stream after the one before it, through a norm and a router of its own.
+parallel: all read the stream as it was before the first of them; no sub-layer sees another's output.
+tied: serial, but all MoE sub-layers take the choice that the first one's router makes of the first one's input.
+shared-pool: serial, but all MoE sub-layers choose from the same experts (Chain-of-Experts, arXiv:2506.18945).
+"""
+
 
 def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
     """A sub-layer from its dict form (as in config.json), validated."""
@@ -108,7 +117,7 @@ class MoestroConfig(PreTrainedConfig):
 
     `feed_forward` holds one list per block; a block's list is usually one sub-layer long, and two for a Cartesian
     block. Its entries may be given as `Dense` and `MoE` or as their dicts; they are stored as dicts, so that
-    config.json is plain. `sub_layers` gives them back.
+    config.json is plain. `sub_layers` gives them back. `composition` says how the sub-layers of one block relate.
 
     Raises Misuse where sizes do not fit together.
     """
@@ -130,9 +139,12 @@ class MoestroConfig(PreTrainedConfig):
     head_dim: int | None = None
     qk_norm: bool = True
     feed_forward: list | None = None
+    composition: str = "serial"
     hidden_act: str = "silu"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
+    depth_scaled_init: bool = True
+    """Whether what is written to the residual stream starts smaller by the root of the number of writes (GPT-2)."""
     rms_norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -154,12 +166,33 @@ class MoestroConfig(PreTrainedConfig):
         self.feed_forward = [[asdict(sub_layer(entry)) for entry in block] for block in self.feed_forward]
         if self.hidden_act not in ACT2FN:
             raise Misuse(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}")
+        self.check_composition()
         self.settle_attention()
         if self.has_experts and self.hidden_size % WIDTH_MULTIPLE:
             raise Misuse(
                 f"hidden_size must be a multiple of {WIDTH_MULTIPLE} where there are experts, got {self.hidden_size}"
             )
         super().__post_init__(**kwargs)
+
+    def check_composition(self) -> None:
+        """Raise Misuse unless the sub-layers of each block can be composed as asked."""
+        if self.composition not in get_args(Composition):
+            raise Misuse(f"composition must be one of {', '.join(get_args(Composition))}, got {self.composition!r}")
+        if self.composition not in ("tied", "shared-pool"):
+            return
+        for index, block in enumerate(self.sub_layers):
+            alike = {
+                (spec.num_experts, spec.router, spec.top_k if self.composition == "tied" else spec.width)
+                for spec in block
+                if isinstance(spec, MoE)
+            }
+            if len(alike) > 1:
+                same = (
+                    "num_experts, top_k and router" if self.composition == "tied" else "num_experts, width and router"
+                )
+                raise Misuse(
+                    f"composition = {self.composition} needs MoE sub-layers of equal {same}, not so in block {index}"
+                )
 
     def settle_attention(self) -> None:
         """Fill in what follows from other sizes of attention; raises Misuse where they do not fit together."""
@@ -188,9 +221,14 @@ class MoestroConfig(PreTrainedConfig):
         return [[sub_layer(entry) for entry in block] for block in self.feed_forward]
 
     @property
+    def residual_writes(self) -> int:
+        """How often the blocks add to the residual stream: once for attention and once for each sub-layer."""
+        return sum(1 + len(block) for block in self.sub_layers)
+
+    @property
     def has_experts(self) -> bool:
         """Whether any sub-layer is an MoE."""
         return any(isinstance(entry, MoE) for block in self.sub_layers for entry in block)
 
 
-__all__ = ["Dense", "MoE", "MoestroConfig", "SubLayer"]
+__all__ = ["Composition", "Dense", "MoE", "MoestroConfig", "SubLayer"]

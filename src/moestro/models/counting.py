@@ -26,7 +26,23 @@ def count_parameters(config: MoestroConfig) -> Count:
         result += Count(total=attention, active=attention)
         for spec in block:
             result += sub_layer_parameters(config, spec)
+        result += tied_parameters(config, block)
     return result
+
+
+def tied_parameters(config: MoestroConfig, block: list[SubLayer]) -> Count:
+    """What a block's sub-layers counted singly have twice, as negative numbers.
+
+    Active counts what multiplies a token: experts of a shared pool that it passes twice count twice, a tied router
+    counts once, as its choice is made once.
+    """
+    _, *later = [spec for spec in block if isinstance(spec, MoE)] or [None]
+    if config.composition == "tied":
+        routers = sum(spec.num_experts * config.hidden_size for spec in later)
+        return Count(total=-routers, active=-routers)
+    if config.composition == "shared-pool":
+        return Count(total=-sum(spec.num_experts * swiglu_parameters(config, spec.width) for spec in later), active=0)
+    return Count(total=0, active=0)
 
 
 def attention_parameters(config: MoestroConfig) -> int:

@@ -82,6 +82,12 @@ class Experts(nn.Module):
         return output
 
 
+def writes_to_the_stream(projection: nn.Linear) -> nn.Linear:
+    """Mark a projection whose output is added to the residual stream, for its initial weights."""
+    projection.writes_to_the_stream = True  # type: ignore[assignment]
+    return projection
+
+
 class DenseFeedForward(nn.Module):
     """A SwiGLU network; also what shared experts are made of (n of them side by side are one of n times the width)."""
 
@@ -89,7 +95,7 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.down_proj = writes_to_the_stream(nn.Linear(width, config.hidden_size, bias=False))
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden: Float[Tensor, "... dim"]) -> Float[Tensor, "... dim"]:
@@ -131,10 +137,14 @@ class SparseMoE(nn.Module):
         self.shared_expert = DenseFeedForward(config, spec.total_shared_width) if spec.num_shared else None
         self.mix = ConvexMix(config) if spec.mix == "convex" else None
 
-    def forward(self, hidden: Float[Tensor, "batch sequence dim"]) -> Float[Tensor, "batch sequence dim"]:
-        """Route each token, run its experts, mix in the shared ones."""
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch sequence dim"],
+        routed_by: Float[Tensor, "batch sequence dim"] | None = None,
+    ) -> Float[Tensor, "batch sequence dim"]:
+        """Route each token (by `routed_by` where that is given), run its experts, mix in the shared ones."""
         tokens = hidden.flatten(0, -2)
-        _, weight, expert = self.router(tokens)
+        _, weight, expert = self.router(tokens if routed_by is None else routed_by.flatten(0, -2))
         routed = self.experts(tokens, expert, weight)
         return self.with_shared(tokens, routed).view_as(hidden)
 

@@ -5,6 +5,8 @@ interface (see `moestro.models.layers`), so every registered experts backend, PE
 generation work unchanged.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -21,8 +23,8 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moestro.errors import Misuse
 from moestro.models.chunked_cross_entropy import chunked_cross_entropy
-from moestro.models.configuration import MoestroConfig
-from moestro.models.layers import Experts, Router, build_sub_layer
+from moestro.models.configuration import MoE, MoestroConfig
+from moestro.models.layers import Experts, Router, SparseMoE, build_sub_layer, writes_to_the_stream
 
 
 class MoestroDecoderLayer(GradientCheckpointingLayer):
@@ -32,20 +34,31 @@ class MoestroDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         attention = Qwen3MoeAttention if config.qk_norm else MixtralAttention
         self.self_attn = attention(config, layer_idx)  # type: ignore[arg-type]  # it reads the fields that we share
+        writes_to_the_stream(self.self_attn.o_proj)
         self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         specs = config.sub_layers[layer_idx]
         self.feed_forward_norm = nn.ModuleList(
             Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in specs
         )
         self.feed_forward = nn.ModuleList(build_sub_layer(config, spec) for spec in specs)
+        self.composition = config.composition
 
     def forward(self, hidden_states: Tensor, **attention_inputs) -> Tensor:
         """[batch, sequence, dim] to the same."""
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **attention_inputs)
-        hidden_states = hidden_states + attended
+        return self.fed_forward(hidden_states + attended)
+
+    def fed_forward(self, stream: Tensor) -> Tensor:
+        """The residual stream after all feed-forward sub-layers, composed as the config says."""
+        before, of_first = stream, None
         for norm, sub_layer in zip(self.feed_forward_norm, self.feed_forward, strict=True):
-            hidden_states = hidden_states + sub_layer(norm(hidden_states))
-        return hidden_states
+            hidden = norm(before if self.composition == "parallel" else stream)
+            if self.composition == "tied" and isinstance(sub_layer, SparseMoE):
+                of_first = hidden if of_first is None else of_first
+                stream = stream + sub_layer(hidden, routed_by=of_first)
+            else:
+                stream = stream + sub_layer(hidden)
+        return stream
 
 
 class MoestroPreTrainedModel(PreTrainedModel):
@@ -75,9 +88,14 @@ class MoestroPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
-        if isinstance(module, Experts):
-            for weight in module.parameters():
-                init.normal_(weight, mean=0.0, std=std)
+        # Each write adds its variance to the stream: smaller by the root of their number, they end where one would.
+        # Paper: GPT-2 (Radford et al. 2019), section 2.3; a Cartesian block writes three times, not twice.
+        written = std / math.sqrt(self.config.residual_writes) if self.config.depth_scaled_init else std
+        if getattr(module, "writes_to_the_stream", False):
+            init.normal_(module.weight, mean=0.0, std=written)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=written)
         elif isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.selection_bias is not None:
@@ -96,6 +114,17 @@ class MoestroPreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(options, *args, **kwargs)
 
 
+def weights_tied_by_composition(config: MoestroConfig) -> dict[str, str]:
+    """Target to source: the routers, or the experts, of a block's later MoE sub-layers are those of its first."""
+    shared = {"tied": ("router.weight",), "shared-pool": ("experts.gate_up_proj", "experts.down_proj")}
+    tied = {}
+    for index, block in enumerate(config.sub_layers):
+        places = [f"layers.{index}.feed_forward.{i}" for i, spec in enumerate(block) if isinstance(spec, MoE)]
+        for target in places[1:]:
+            tied |= {f"{target}.{name}": f"{places[0]}.{name}" for name in shared.get(config.composition, ())}
+    return tied
+
+
 class MoestroModel(MoestroPreTrainedModel):
     """The decoder without its language-model head."""
 
@@ -106,7 +135,12 @@ class MoestroModel(MoestroPreTrainedModel):
         self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
+        self._tied_weights_keys = weights_tied_by_composition(config)
         self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As in transformers, which saves by `_tied_weights_keys` itself, but whether or not embeddings are tied."""
+        return super().get_expanded_tied_weights_keys(True) if all_submodels else dict(self._tied_weights_keys)
 
     @merge_with_config_defaults
     @capture_outputs

@@ -11,7 +11,7 @@ from moestro.comparison import Comparison, CurvePoint, RecipeResult
 from moestro.report.text import plotly_label, shortened
 
 Figure = dict[str, Any]
-Curve = list[tuple[int, float]]  # (tokens, loss)
+Curve = list[tuple[int | float, float]]  # (tokens or learning rate, loss)
 
 SERIES = 8  # colours, one a recipe; after these they come again with the next dash
 MAX_POINTS = 300
@@ -56,7 +56,7 @@ def frame(height: int) -> Figure:
 
 
 def _figure(recipes: Sequence[RecipeResult], curves: list[list[Curve]], *, markers: bool) -> Figure:
-    data = [t for i, recipe in enumerate(recipes) for t in _traces(recipe.name, i, curves[i], markers=markers)]
+    data = [t for i, recipe in enumerate(recipes) for t in traces(recipe.name, i, curves[i], markers=markers)]
     drawn = [curve for runs in curves for curve in runs if curve]
     layout, bounds = _curve_layout(drawn), _bounds(drawn)
     if bounds:
@@ -65,7 +65,7 @@ def _figure(recipes: Sequence[RecipeResult], curves: list[list[Curve]], *, marke
 
 
 def _difference_figure(recipes: Sequence[RecipeResult], curves: list[list[Curve]]) -> Figure:
-    data = [t for i, recipe in enumerate(recipes) for t in _traces(recipe.name, i + 1, curves[i], markers=True)]
+    data = [t for i, recipe in enumerate(recipes) for t in traces(recipe.name, i + 1, curves[i], markers=True)]
     drawn = [curve for runs in curves for curve in runs if curve]
     layout, bounds = _curve_layout(drawn), _difference_bounds(drawn)
     layout["shapes"] = [_zero_line()]
@@ -86,7 +86,7 @@ def _curve_layout(curves: Sequence[Curve]) -> Figure:
     return layout
 
 
-def _traces(name: str, index: int, runs: list[Curve], *, markers: bool) -> list[Figure]:
+def traces(name: str, index: int, runs: list[Curve], *, markers: bool) -> list[Figure]:
     """The mean over seeds, and behind it every seed where there are several."""
     runs = [curve for curve in runs if curve]
     if not runs:
@@ -158,20 +158,21 @@ def _mean_curve(runs: Sequence[Curve]) -> Curve:
 def _bounds(curves: Sequence[Curve]) -> list[float] | None:
     """A vertical range that leaves out the first fall from the initial loss."""
     late = _losses(curves, lambda tokens, last: tokens >= _STEEP_PART * last)
-    return _padded(late)
+    return padded(late)
 
 
 def _difference_bounds(curves: Sequence[Curve]) -> list[float] | None:
     """A vertical range with zero in it that leaves out the first fall, where differences are large and mean little."""
     late = _losses(curves, lambda tokens, last: tokens >= 2 * _STEEP_PART * last)
-    return _padded([0.0, *late]) if late else None
+    return padded([0.0, *late]) if late else None
 
 
-def _losses(curves: Sequence[Curve], wanted: Callable[[int, int], bool]) -> list[float]:
+def _losses(curves: Sequence[Curve], wanted: Callable[[float, float], bool]) -> list[float]:
     return [loss for curve in curves for tokens, loss in curve if wanted(tokens, curve[-1][0])]
 
 
-def _padded(values: Sequence[float]) -> list[float] | None:
+def padded(values: Sequence[float]) -> list[float] | None:
+    """A range with all values in it, and a margin."""
     if not values:
         return None
     low, high = min(values), max(values)

@@ -1,15 +1,18 @@
-"""Where the tokens went: expert load per layer, and per domain within each layer, as plotly heat maps.
+"""Where the tokens went: load per layer, per domain within a layer, and by pairs of two layers, as plotly heat maps.
 
-A cell is a load over the uniform load (1: as many choices as if all experts were alike). Colour follows its logarithm
-to base 2, so that half and double are equally far from the middle, and ends at a quarter and at four times. A cross
-marks an expert that no token chose.
+A cell is a load over the uniform load (1: as many choices as if all experts were alike), or a pair's share over what
+two independent choices would give. Colour follows its logarithm to base 2, so that half and double are equally far
+from the middle, and ends at a quarter and at four times. A cross marks what no token chose.
 """
 
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from moestro.comparison import Comparison, LayerStatistics
+from moestro.comparison import Comparison, ComposedStatistics, LayerStatistics
 from moestro.report.curves import Figure, frame
 from moestro.report.text import plotly_label, shortened
 
@@ -26,14 +29,21 @@ _ROW, _DENSE_ROW, _MANY_ROWS = 26, 16, 24  # pixels, pixels, rows
 
 
 def expert_figures(comparison: Comparison) -> dict[str, Any]:
-    """Per recipe index and seed index, as "1/0": the load of all layers, and for each layer the load by domain.
+    """Per recipe index and seed index, as "1/0": the load of all layers; by domain of each; by pairs of composed ones.
 
     Dense recipes have none.
     """
     return {
         f"{recipe_index}/{run_index}": {
             "load": load_figure(run.layers),
-            "domains": [domain_figure(layer) for layer in run.layers],
+            "domains": [
+                titled(label, domain_figure(layer)) for label, layer in zip(labels(run.layers), run.layers, strict=True)
+            ],
+            "pairs": [
+                titled(f"{before} by {label}", pair_figure(layer.composed))
+                for (before, label), layer in zip(pairwise(labels(run.layers)), run.layers[1:], strict=True)
+                if layer.composed is not None
+            ],
         }
         for recipe_index, recipe in enumerate(comparison.recipes)
         for run_index, run in enumerate(recipe.runs)
@@ -41,14 +51,42 @@ def expert_figures(comparison: Comparison) -> dict[str, Any]:
     }
 
 
+def titled(title: str, figure: Figure) -> dict[str, Any]:
+    """A figure among several."""
+    return {"title": title, "figure": figure}
+
+
+def labels(layers: Sequence[LayerStatistics]) -> list[str]:
+    """Each layer by its block's number; "layer 3.1" is the second MoE sub-layer of block 3, where it has several."""
+    blocks = [int(found.group(1)) if (found := re.search(r"\.(\d+)\.", layer.name)) else None for layer in layers]
+    if None in blocks or max(Counter(blocks).values(), default=1) == 1:
+        return [f"layer {index if block is None else block}" for index, block in enumerate(blocks)]
+    return [f"layer {block}.{blocks[:index].count(block)}" for index, block in enumerate(blocks)]
+
+
 def load_figure(layers: Sequence[LayerStatistics]) -> Figure:
     """Layers (first on top) by experts."""
-    return heat_map([f"layer {index}" for index in range(len(layers))], [layer.load for layer in layers])
+    return heat_map(labels(layers), [layer.load for layer in layers])
 
 
 def domain_figure(layer: LayerStatistics) -> Figure:
     """Domains by experts within one layer."""
     return heat_map(list(layer.domain_load), list(layer.domain_load.values()))
+
+
+def pair_figure(composed: ComposedStatistics) -> Figure:
+    """Experts of the sub-layer before by experts of this one; 1 is what independent choices would give."""
+    rows = composed.histogram
+    earlier, later = [sum(row) for row in rows], [sum(column) for column in zip(*rows, strict=True)]
+    ratios = [
+        [share / (a * b) if a * b else None for share, b in zip(row, later, strict=True)]
+        for row, a in zip(rows, earlier, strict=True)
+    ]
+    return ratio_map(
+        [str(index) for index in range(len(rows))],
+        ratios,
+        "expert %{y}, then %{x}<br>%{customdata:.2f} × chance<extra></extra>",
+    )
 
 
 def moe_recipes(comparison: Comparison) -> list[tuple[int, str]]:
@@ -60,14 +98,20 @@ def heat_map(names: Sequence[str], loads: Sequence[tuple[float, ...]]) -> Figure
     """One row of experts per name."""
     width = max((len(load) for load in loads), default=0)
     ratios = [_ratios(load) + [None] * (width - len(load)) for load in loads]
+    return ratio_map(names, ratios, "expert %{x}<br>%{customdata:.2f} × uniform<extra>%{y}</extra>")
+
+
+def ratio_map(names: Sequence[str], ratios: Sequence[Sequence[float | None]], hover: str) -> Figure:
+    """One row of ratios per name."""
+    width = max(map(len, ratios), default=0)
     trace = {
         "type": "heatmap",
         "z": [[None if ratio is None else _colour_position(ratio) for ratio in row] for row in ratios],
-        "customdata": ratios,
+        "customdata": [[None if ratio is None else float(f"{ratio:.4g}") for ratio in row] for row in ratios],
         "text": [["×" if ratio == 0 else "" for ratio in row] for row in ratios],
         "texttemplate": "%{text}",
         "textfont": {"color": "--dead", "size": 13},
-        "hovertemplate": "expert %{x}<br>%{customdata:.2f} × uniform<extra>%{y}</extra>",
+        "hovertemplate": hover,
         "zmin": -_LIMIT,
         "zmax": _LIMIT,
         "colorscale": _COLOURS,
@@ -98,4 +142,4 @@ def _colour_position(ratio: float) -> float:
 
 def _ratios(load: tuple[float, ...]) -> list[float | None]:
     """Loads over the uniform one; unknown where there was nothing to choose, as in a domain without tokens."""
-    return [float(f"{share * len(load):.4g}") for share in load] if any(load) else [None] * len(load)
+    return [share * len(load) for share in load] if any(load) else [None] * len(load)

@@ -6,7 +6,8 @@ from moestro.comparison import Comparison
 from moestro.report import sentences
 from moestro.report.curves import learning_curves
 from moestro.report.forest import forest
-from moestro.report.heatmaps import expert_figures, moe_recipes
+from moestro.report.heatmaps import expert_figures, labels, moe_recipes
+from moestro.report.learning_rates import rate_figure, rate_table
 from moestro.report.page import render_page
 from moestro.report.summary import domain_rows, rows
 
@@ -24,10 +25,13 @@ def render(comparison: Comparison) -> str:
         comparison=comparison,
         first=comparison.recipes[0],
         rows=rows(comparison),
+        rates=rate_table(comparison),
+        rate_figure=rate_figure(comparison),
         domain_rows=domain_rows(comparison),
         forest=forest(comparison),
         curves=learning_curves(comparison),
         experts=expert_figures(comparison),
         moe_recipes=moe_recipes(comparison),
+        labelled=lambda layers: zip(labels(layers), layers, strict=True),
         say=sentences,
     )

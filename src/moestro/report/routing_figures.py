@@ -8,6 +8,7 @@ from moestro.inspection import Measured, RoutingStudy
 from moestro.report.curves import Figure, frame, series_colour
 from moestro.report.heatmaps import heat_map
 from moestro.report.measures import Measure, measures
+from moestro.report.routing_robustness import robustness_figure
 from moestro.report.routing_summary import all_labels, by_label
 from moestro.report.text import plotly_label, shortened
 
@@ -24,6 +25,7 @@ def figures(study: RoutingStudy) -> dict[str, Any]:
             {layer.label: heat_map(list(layer.domain_load), list(layer.domain_load.values())) for layer in c.layers}
             for c in study.checkpoints
         ],
+        "robustness": robustness_figure(study),
     }
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moestro.inspection import RoutingStudy
-from moestro.report import routing_sentences
+from moestro.report import routing_robustness, routing_sentences
 from moestro.report.measures import measures
 from moestro.report.page import render_page
 from moestro.report.routing_figures import figures
@@ -39,4 +39,6 @@ def render_routing(study: RoutingStudy) -> str:
         labels=all_labels(study),
         figures=figures(study),
         say=routing_sentences,
+        robustness=routing_robustness,
+        robustness_rows=routing_robustness.robustness_rows(study),
     )

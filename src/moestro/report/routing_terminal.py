@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moestro.inspection import Finding, RoutingStudy
+from moestro.report import routing_robustness as robustness
 from moestro.report import routing_sentences as say
 from moestro.report.printing import in_parts, line, table, text
 from moestro.report.routing_summary import (
@@ -74,6 +75,16 @@ def print_study(study: RoutingStudy, console: Console) -> None:
         for note in checkpoint.notes:
             line(console, f"  {note}", "dim")
         print_layers(study, index, console)
+    if robustness.tested(study):
+        print_robustness(study, names, console)
+
+
+def print_robustness(study: RoutingStudy, names: Sequence[str], console: Console) -> None:
+    """What perturbed routing does to the loss."""
+    print_rows(console, "rise of the loss (perplexity)", names, robustness.robustness_rows(study))
+    for name, checkpoint in zip(names, study.checkpoints, strict=True):
+        line(console, f"{name}: {' '.join(robustness.findings(checkpoint))}")
+    line(console, robustness.METHOD, "dim")
 
 
 def print_rows(console: Console, corner: str, names: Sequence[str], rows: Sequence[Row]) -> None:

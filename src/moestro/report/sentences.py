@@ -1,6 +1,8 @@
 """What the comparison says, in words; the same in the report and in the terminal."""
 
-from moestro.comparison import Comparison, RecipeResult
+from collections.abc import Callable
+
+from moestro.comparison import Comparison, RecipeResult, Sweep
 from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
 from moestro.statistics import ALPHA, MIN_SEEDS, Difference, Verdict
 
@@ -45,6 +47,38 @@ def held_out(comparison: Comparison) -> str:
     domains = len({name for recipe in comparison.recipes for run in recipe.runs for name in run.held_out.domains})
     size = f"{metric(d.held_out_tokens)} tokens of {_counted(d.held_out_documents, 'document')}"
     return f"Measured on held-out text: {size} in {_counted(domains, 'domain')} that no run has seen."
+
+
+def sweep(comparison: Comparison) -> str:
+    """How learning rates were chosen; empty where the recipes said them."""
+    found = comparison.sweep
+    if found is None:
+        return ""
+    count = len({result.learning_rate for results in found.screened.values() for result in results})
+    rates = "one learning rate" if count == 1 else f"each of {count} learning rates"
+    tokens = " to ".join(dict.fromkeys(metric(of(found.tokens.values())) for of in (min, max)))
+    trained = f"trained at {rates} with seed {found.seed} on {tokens} tokens"
+    if comparison.seeds == (found.seed,):
+        return f"Every recipe was {trained}. What is compared are these very runs, each recipe's best: one seed."
+    return f"Every recipe was first {trained}, then compared at its best. No interval contains that seed."
+
+
+def edge(comparison: Comparison) -> str:
+    """Which recipes need a wider grid; empty where none does."""
+    found = comparison.sweep
+    if found is None:
+        return ""
+    ends = {"lowest": at_the_edge(found, min), "highest": at_the_edge(found, max)}
+    said = [f"at the {end} learning rate: {_listed(names)}" for end, names in ends.items() if names]
+    if not said:
+        return ""
+    return f"Best {'; '.join(said)}. The true best may lie beyond: add learning rates there, finished runs are kept."
+
+
+def at_the_edge(found: Sweep, end: Callable[[list[float]], float]) -> list[str]:
+    """Recipes whose best learning rate is the lowest (`end` is min) or highest (max) of several that were tried."""
+    tried = {name: [result.learning_rate for result in results] for name, results in found.screened.items()}
+    return [name for name, rate in found.chosen.items() if len(tried[name]) > 1 and rate == end(tried[name])]
 
 
 def difference(comparison: Comparison, result: RecipeResult) -> str:

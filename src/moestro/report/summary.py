@@ -18,6 +18,8 @@ class Row:
     total_parameters: str
     active_parameters: str
     flops_per_token: str
+    learning_rate: str
+    """That a sweep chose; empty without one."""
     loss: str
     spread: str
     perplexity: str
@@ -74,6 +76,7 @@ def _row(comparison: Comparison, result: RecipeResult) -> Row:
         total_parameters=metric(result.total_parameters),
         active_parameters=metric(result.active_parameters),
         flops_per_token=metric(result.flops_per_token),
+        learning_rate=f"{comparison.sweep.chosen[result.name]:g}" if comparison.sweep else "",
         loss=fixed(mean(losses)),
         spread=f"± {fixed(statistics.stdev(losses))}" if len(losses) > 1 else "",
         perplexity=fixed(mean([run.held_out.perplexity for run in runs]), 2),

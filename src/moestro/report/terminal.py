@@ -7,6 +7,7 @@ from rich.table import Table
 
 from moestro.comparison import Comparison, RecipeResult
 from moestro.report import sentences
+from moestro.report.learning_rates import RateTable, rate_table
 from moestro.report.numbers import fixed
 from moestro.report.printing import in_parts, line, table, text
 from moestro.report.summary import DomainRow, Row, domain_rows, rows
@@ -15,7 +16,7 @@ _STYLES = {"better": "green", "worse": "red", "not answered": "dim", "too few se
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the answer, the table, the losses by domain, and what is only noise."""
+    """Print the answer, the table, the learning rates, the losses by domain, and what is only noise."""
     line(console, sentences.headline(comparison), "bold")
     line(console, f"{sentences.budget(comparison)} {sentences.held_out(comparison)}")
     if not comparison.budget.equal:
@@ -26,6 +27,13 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     in_parts(console, lambda part: _results_table(console, [results[i] for i in part]), len(names))
     line(console, f"gzip -9 on the same text: {fixed(comparison.gzip_bits_per_byte)} bits per byte", "dim")
     console.print()
+    if rates := rate_table(comparison):
+        line(console, "Held-out loss by learning rate, * at its best", "bold")
+        in_parts(console, lambda part: _rates_table(console, names, rates, part), len(names))
+        line(console, sentences.sweep(comparison))
+        if warning := sentences.edge(comparison):
+            line(console, warning, "yellow")
+        console.print()
     if domains:
         line(console, "Held-out loss by domain, nats per token", "bold")
         in_parts(console, lambda part: _domain_table(console, names, domains, part), len(names))
@@ -45,6 +53,8 @@ def _labelled(row: Row) -> Iterator[tuple[str, str]]:
     yield "parameters", row.total_parameters
     yield "active", row.active_parameters
     yield "FLOPs per token", row.flops_per_token
+    if row.learning_rate:
+        yield "learning rate", row.learning_rate
     yield "held-out loss", f"{row.loss} {row.spread}".rstrip()
     yield "perplexity", row.perplexity
     yield "bits per byte", row.bits_per_byte
@@ -56,6 +66,15 @@ def _labelled(row: Row) -> Iterator[tuple[str, str]]:
     yield "MaxVio, batch", row.max_vio_batch
     yield "MaxVio, all text", row.max_vio_data
     yield "dead experts", row.dead_experts
+
+
+def _rates_table(console: Console, names: Sequence[str], rates: RateTable, part: Sequence[int]) -> Table:
+    made = table(console, "learning rate", [names[index] for index in part])
+    for at, rate in enumerate(rates.rates):
+        cells = [rates.rows[index][at] for index in part]
+        values = (text(console, f"* {cell.loss}" if cell.best else cell.loss) for cell in cells)
+        made.add_row(text(console, rate), *values)
+    return made
 
 
 def _domain_table(console: Console, names: Sequence[str], domains: Sequence[DomainRow], part: Sequence[int]) -> Table:

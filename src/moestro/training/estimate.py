@@ -8,7 +8,7 @@ import torch
 from moestro.models.configuration import Dense
 from moestro.models.counting import count_parameters, forward_flops_per_token, training_flops_per_token
 from moestro.training.precision import faster_dtype, product_seconds
-from moestro.training.recipes import Recipe
+from moestro.training.recipe import Recipe
 
 PROBE = 768
 """Side of the square matrix products that measure this machine."""
@@ -30,7 +30,6 @@ class Estimate:
     seconds: float
     dtype: str
     device_flops: float
-    runs: int
 
     @property
     def duration(self) -> str:
@@ -41,7 +40,7 @@ class Estimate:
         return f"{self.seconds:.0f} s"
 
 
-def estimates(recipes: Sequence[Recipe], runs: int = 1) -> list[Estimate]:
+def estimates(recipes: Sequence[Recipe], runs: float = 1) -> list[Estimate]:
     """The cost of `runs` runs of each recipe on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = faster_dtype(device)[0]
@@ -50,7 +49,7 @@ def estimates(recipes: Sequence[Recipe], runs: int = 1) -> list[Estimate]:
     return [estimate(recipe, runs, dtype, speed[dtype]) for recipe, dtype in zip(recipes, dtypes, strict=True)]
 
 
-def estimate(recipe: Recipe, runs: int, dtype: torch.dtype, speed: float) -> Estimate:
+def estimate(recipe: Recipe, runs: float, dtype: torch.dtype, speed: float) -> Estimate:
     """The cost of one recipe at `speed` FLOPs per second."""
     t = recipe.training
     config = recipe.model.config(t.sequence_length)
@@ -68,7 +67,6 @@ def estimate(recipe: Recipe, runs: int, dtype: torch.dtype, speed: float) -> Est
         seconds=runs * t.tokens * training_flops_per_token(config, t.sequence_length) / speed,
         dtype=str(dtype).removeprefix("torch."),
         device_flops=speed,
-        runs=runs,
     )
 
 

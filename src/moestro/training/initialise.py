@@ -13,9 +13,12 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     are: a paired comparison (docs/design.md).
     """
     state = torch.random.get_rng_state()
+    # What sub-layers of a block share starts as the first one's, as it would if they shared nothing.
+    base = model.base_model
+    borrowers = {base.get_submodule(key.rpartition(".")[0]) for key in base.all_tied_weights_keys}  # type: ignore[union-attr]
     for name, module in model.named_modules():
         parameters = list(module.parameters(recurse=False))
-        if not parameters:
+        if not parameters or module in borrowers:
             continue
         for parameter in parameters:
             if hasattr(parameter, "_is_hf_initialized"):

@@ -16,7 +16,7 @@ import transformers
 from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
 from moestro.records import write_atomically
-from moestro.training.recipes import Recipe
+from moestro.training.recipe import Recipe
 
 RUN = "run.json"
 SUMMARY = "summary.json"
@@ -32,8 +32,8 @@ def open_run(folder: Path, description: dict[str, Any]) -> None:
     """Make the folder, or check that what it holds is this very run. Raises Misuse where it is another."""
     path = folder / RUN
     if path.exists():
-        there = json.loads(path.read_text())
-        difference = first_difference(there, json.loads(json.dumps(description)))
+        there, here = json.loads(path.read_text()), json.loads(json.dumps(description))
+        difference = first_difference(identity(there), identity(here))
         if difference:
             field, old, new = difference
             raise Misuse(
@@ -46,6 +46,12 @@ def open_run(folder: Path, description: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
     write_atomically(path, json.dumps(description, indent=1))
+
+
+def identity(description: dict[str, Any]) -> dict[str, Any]:
+    """A run's description without the recipe's, which is words: other words for it are no other run."""
+    recipe = {name: value for name, value in description["recipe"].items() if name != "description"}
+    return description | {"recipe": recipe}
 
 
 def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | None:

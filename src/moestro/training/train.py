@@ -26,7 +26,7 @@ from moestro.training.checkpoints import last_complete, step_of
 from moestro.training.initialise import initialise
 from moestro.training.precision import faster_dtype
 from moestro.training.progress import MetricsFile, ProgressBar
-from moestro.training.recipes import Recipe
+from moestro.training.recipe import Recipe
 from moestro.training.runs import METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run, read_metrics
 from moestro.training.trainer import Interruption, PretrainingTrainer
 

@@ -18,25 +18,32 @@
     });
   }
 
+  const rates = document.getElementById("rates");
+  if (rates) draw(rates, figures.rates);
+
   // Heat maps of one run.
   const recipe = document.getElementById("recipe");
   const seed = document.getElementById("seed");
-  const domains = document.getElementById("domains");
-  const heatMap = (title, figure) => {
-    const box = document.createElement("figure");
-    box.append(document.createElement("figcaption"), document.createElement("div"));
-    box.firstChild.textContent = title;
-    box.lastChild.className = "plot";
-    domains.append(box);
-    draw(box.lastChild, figure);
+  const heatMaps = (place, maps) => {
+    for (const plot of place.querySelectorAll(".plot")) forget(plot);
+    place.replaceChildren();
+    for (const { title, figure } of maps) {
+      const box = document.createElement("figure");
+      box.append(document.createElement("figcaption"), document.createElement("div"));
+      box.firstChild.textContent = title;
+      box.lastChild.className = "plot";
+      place.append(box);
+      draw(box.lastChild, figure);
+    }
   };
   const showRun = () => {
     const key = `${recipe.value}/${seed.value}`;
     const run = figures.experts[key];
     draw(document.getElementById("load"), run.load);
-    for (const plot of domains.querySelectorAll(".plot")) forget(plot);
-    domains.replaceChildren();
-    run.domains.forEach((figure, layer) => heatMap(`Layer ${layer}`, figure));
+    heatMaps(document.getElementById("domains"), run.domains);
+    const pairs = document.getElementById("pairs");
+    pairs.closest(".pairs").hidden = run.pairs.length === 0;
+    heatMaps(pairs, run.pairs);
     for (const table of document.querySelectorAll("[data-run]")) table.hidden = table.dataset.run !== key;
   };
   if (recipe) {

@@ -6,6 +6,8 @@
   for (const element of all("measure")) draw(element, figures.measures[element.dataset.measure]);
   for (const element of all("load")) draw(element, figures.loads[Number(element.dataset.load)]);
 
+  for (const element of all("robustness")) draw(element, figures.robustness);
+
   // Domains by experts within one layer.
   const layer = document.getElementById("layer");
   const previous = document.getElementById("previous");

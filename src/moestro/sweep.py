@@ -1,0 +1,103 @@
+"""The learning-rate sweep before a comparison: every recipe gets the same grid, on a seed that no interval contains.
+
+A comparison at one learning rate favours the recipe that it was tuned on. Screening on a seed of its own keeps the
+choice of the rate out of the paired differences.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moestro.comparison import Run, Screened, Sweep
+from moestro.errors import Misuse, TrainingFailed
+from moestro.records import write_atomically
+from moestro.training.recipe import Recipe
+
+FAILED = "failed.txt"
+"""Why a screening run failed, in its folder."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """What every recipe is screened with."""
+
+    learning_rates: tuple[float, ...]
+    seed: int = 1000
+    tokens: int | None = None
+    """Training tokens of each screening run; None: as many as the comparison's."""
+
+    def validate(self, recipes: Sequence[Recipe], seeds: Sequence[int], match: str) -> None:
+        """Raise Misuse unless it is a grid that these recipes can run, and its seed stays out of the comparison."""
+        if not self.learning_rates:
+            raise Misuse("a sweep needs at least one learning rate")
+        for rate in self.learning_rates:
+            if not 0 < rate < math.inf:
+                raise Misuse(f"learning rates of a sweep must be above 0 and finite, got {rate:g}")
+        names = [f"{rate:g}" for rate in self.learning_rates]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise Misuse(f"learning rates of a sweep must differ within six digits, got {twice} twice")
+        if self.seed in seeds:
+            raise Misuse(f"the screening seed must not be one of the comparison's, got {self.seed}")
+        if self.tokens is not None and match == "flops":
+            raise Misuse("sweep_tokens needs match tokens: with match flops each recipe has its own tokens")
+        least = max(recipe.training.batch_tokens for recipe in recipes)
+        if self.tokens is not None and self.tokens < least:
+            raise Misuse(f"sweep_tokens must be at least batch_tokens ({least}), got {self.tokens}")
+
+
+def sweep(recipes: Sequence[Recipe], grid: Grid, run: Callable[[Recipe, int], Run]) -> Sweep:
+    """Train every recipe at every learning rate of the grid. `run` trains (or reads) one recipe with one seed."""
+    screened = {
+        recipe.name: tuple(screen(at_rate(recipe, rate, grid), grid.seed, run) for rate in grid.learning_rates)
+        for recipe in recipes
+    }
+    as_screened = [at_rate(recipe, grid.learning_rates[0], grid).training for recipe in recipes]
+    return Sweep(
+        seed=grid.seed,
+        tokens={r.name: t.steps * t.batch_tokens for r, t in zip(recipes, as_screened, strict=True)},
+        screened=screened,
+        chosen={name: best(name, results) for name, results in screened.items()},
+    )
+
+
+def screen(recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run]) -> Screened:
+    """One run; a learning rate at which training fails is an answer too."""
+    rate = recipe.training.learning_rate
+    try:
+        return Screened(learning_rate=rate, loss=run(recipe, seed).held_out.loss)
+    except TrainingFailed:
+        return Screened(learning_rate=rate, loss=None)
+
+
+@contextmanager
+def noted_failure(folder: Path) -> Iterator[None]:
+    """Note in a run's folder that it failed, and where it failed before do not try again: it would fail again."""
+    note = folder / FAILED
+    if note.exists():
+        raise TrainingFailed(f"failed before: {note.read_text()} (to try again, remove {folder})")
+    try:
+        yield
+    except TrainingFailed as error:
+        write_atomically(note, str(error))
+        raise
+
+
+def at_rate(recipe: Recipe, rate: float, grid: Grid) -> Recipe:
+    """The recipe as it is screened."""
+    tokens = grid.tokens or recipe.training.tokens
+    return replace(recipe, training=replace(recipe.training, learning_rate=rate, tokens=tokens))
+
+
+def best(name: str, screened: Sequence[Screened]) -> float:
+    """The learning rate of the lowest held-out loss; the lower one of equals."""
+    losses = {result.learning_rate: result.loss for result in screened if result.loss is not None}
+    if not losses:
+        raise TrainingFailed(f"{name} failed at every learning rate of the sweep: add lower ones, or leave it out")
+    return min(sorted(losses), key=losses.__getitem__)
+
+
+def with_chosen(recipes: Sequence[Recipe], chosen: Sweep) -> list[Recipe]:
+    """The recipes at the learning rates that the sweep chose."""
+    return [replace(r, training=replace(r.training, learning_rate=chosen.chosen[r.name])) for r in recipes]

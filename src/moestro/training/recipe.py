@@ -1,0 +1,142 @@
+"""What a recipe is: a complete description of a training run but for data and seed, as a tree of plain values."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+from moestro.adapters import AuxLosses
+from moestro.errors import Misuse
+from moestro.models.configuration import Composition, Dense, MoE, MoestroConfig, SubLayer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """The architecture."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int | None = None
+    block: tuple[SubLayer, ...]
+    """Feed-forward sub-layers of a block."""
+    composition: Composition = "serial"
+    """How the sub-layers of a block relate."""
+    every: int = 1
+    """Every which block has `block`; the others are dense with `dense_width`. The last block always has it."""
+    dense_width: int = 0
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    depth_scaled_init: bool = True
+
+    def config(self, sequence_length: int, end_of_text: int | None = None) -> MoestroConfig:
+        """The model's config; `end_of_text` is the id of the token that stands between documents."""
+        plain = (Dense(width=self.dense_width),) if self.every > 1 else ()
+        blocks = [self.block if (i + 1) % self.every == 0 else plain for i in range(self.num_layers)]
+        return MoestroConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=self.num_layers,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            qk_norm=self.qk_norm,
+            feed_forward=[list(block) for block in blocks],
+            composition=self.composition,
+            depth_scaled_init=self.depth_scaled_init,
+            max_position_embeddings=sequence_length,
+            tie_word_embeddings=self.tie_embeddings,
+            bos_token_id=end_of_text,
+            eos_token_id=end_of_text,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Auxiliary losses, as `moestro.AuxLosses` takes them."""
+
+    balance: float = 0.0
+    balance_over: Literal["sequence", "batch", "lagged"] = "lagged"
+    orthogonality: float = 0.0
+    orthogonality_form: Literal["projection", "cosine", "weighted", "span"] = "projection"
+    variance: float = 0.0
+    variance_over: Literal["sequence", "batch", "lagged"] = "lagged"
+    variance_form: Literal["column", "row"] = "column"
+    variance_cap: float | None = None
+    router_z: float = 0.0
+    router_orthogonality: float = 0.0
+    simbal: float = 0.0
+    bias_rate: float = 0.0
+    scaling: Literal["weight", "relative"] = "weight"
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """Budget, optimiser and numerics."""
+
+    tokens: int
+    """Training tokens, rounded down to whole steps."""
+    batch_tokens: int = 2048
+    """Tokens per optimiser step, over all micro-batches and devices."""
+    micro_batch_tokens: int | None = None
+    """Tokens that go through the model at once on one device; None: `batch_tokens` divided by the devices."""
+    sequence_length: int = 256
+    learning_rate: float = 3e-3
+    final_learning_rate: float = 0.1
+    """Where the cosine ends, as a share of `learning_rate`."""
+    warmup: float = 0.1
+    """Share of the steps that warm up linearly."""
+    weight_decay: float = 0.1
+    """On matrices only: norms, biases and embeddings are not decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    max_grad_norm: float = 1.0
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 (autocast over fp32 weights) where this machine gains from it by a measurement at start."""
+    compile: bool = False
+    checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant)."""
+    block_diagonal: bool = False
+    """Whether attention stays within documents of a packed row, with positions reset."""
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return self.tokens // self.batch_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A complete description of a training run, but for data and seed."""
+
+    name: str
+    size: str
+    description: str
+    model: Model
+    losses: Losses = field(default_factory=Losses)
+    training: Training
+
+    def validate(self) -> "Recipe":
+        """Raise Misuse unless it can run."""
+        t = self.training
+        if t.sequence_length < 2:
+            raise Misuse(f"sequence_length must be at least 2, got {t.sequence_length}")
+        for name in ("batch_tokens", "micro_batch_tokens"):
+            if (value := getattr(t, name)) is not None and (value < t.sequence_length or value % t.sequence_length):
+                raise Misuse(f"{name} must be a multiple of sequence_length ({t.sequence_length}), got {value}")
+        if t.micro_batch_tokens is not None and t.batch_tokens % t.micro_batch_tokens:
+            raise Misuse(f"micro_batch_tokens must divide batch_tokens ({t.batch_tokens}), got {t.micro_batch_tokens}")
+        if t.steps < 1:
+            raise Misuse(f"tokens must be at least batch_tokens ({t.batch_tokens}), got {t.tokens}")
+        if not t.learning_rate > 0:
+            raise Misuse(f"learning_rate must be above 0, got {t.learning_rate}")
+        if not 0 <= t.warmup <= 1:
+            raise Misuse(f"warmup must lie between 0 and 1, got {t.warmup}")
+        if t.dtype not in ("auto", "float32", "bfloat16"):
+            raise Misuse(f"dtype must be auto, float32 or bfloat16, got {t.dtype!r}")
+        if self.losses.bias_rate and not any(
+            isinstance(spec, MoE) and spec.router.selection_bias for spec in self.model.block
+        ):
+            raise Misuse("bias_rate needs a router with a selection bias, and this recipe has none: set it to 0")
+        AuxLosses(**asdict(self.losses))  # it knows what its fields must be
+        self.model.config(t.sequence_length)
+        return self
