@@ -9,7 +9,6 @@ the table gives its median and quartiles. A step is forward, loss, backward, fus
 """
 
 import ctypes
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 import torch
 import transformers
 import tyro
+from paired import machine
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -138,18 +138,6 @@ def table(times: dict[Arm, list[tuple[float, float]]]) -> str:
     return "\n".join(lines)
 
 
-def processor() -> str:
-    """Its name, as Linux gives it, with what matters for bf16."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            fields = dict(line.split(":", 1) for line in info.read().split("\n\n")[0].splitlines() if ":" in line)
-    except OSError:
-        return platform.processor()
-    known = {name.strip(): value.strip() for name, value in fields.items()}
-    features = [name for name in ("amx_bf16", "avx512_bf16") if name in known.get("flags", "").split()]
-    return f"{known.get('model name', platform.processor())} ({', '.join(features) or 'no bf16 instructions'})"
-
-
 def keep_heap() -> None:
     """glibc's M_MMAP_MAX = 0 and the highest M_TRIM_THRESHOLD: freed memory is neither unmapped nor given back."""
     libc = ctypes.CDLL("libc.so.6")
@@ -162,7 +150,7 @@ def main(sizes: Sizes) -> None:
     if sizes.keep_heap:
         keep_heap()
     times = run(sizes)
-    print(f"{processor()}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
+    print(f"{machine('cpu')}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
     print(table(times))
 
 

@@ -9,20 +9,13 @@ process of its own.
     python benchmarks/specialise_overhead.py --device cuda --hidden 2048 --expert-width 1408 --experts 64 --tokens 8192
 """
 
-import json
-import random
-import resource
-import statistics
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import transformers
 import tyro
-from experts_backend import processor
+from paired import machine, milliseconds, peak_gib, resident_gib, rounds, table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moestro import AuxLosses
@@ -91,87 +84,45 @@ class Bench:
     def step(self, arm: str, tokens: torch.Tensor) -> float:
         """Milliseconds of one step, hooks attached before and detached after the clock."""
         aux = AuxLosses(**ARMS[arm])  # type: ignore[arg-type]
-        autocast = torch.autocast(self.sizes.device, torch.bfloat16) if self.sizes.bf16 else nullcontext()
         with aux.attach(self.model):
-            self.wait()
-            start = self.clock()
-            with autocast:
-                loss = self.model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            aux.step()
-            self.wait()
-            return 1e3 * (self.clock() - start)
+            return milliseconds(lambda: self.train(aux, tokens), self.sizes.device)
 
-    def clock(self) -> float:
-        """Seconds; of this process alone on a CPU, where others may be busy."""
-        return time.perf_counter() if self.sizes.device == "cuda" else time.process_time()
+    def train(self, aux: AuxLosses, tokens: torch.Tensor) -> None:
+        """One step."""
+        with torch.autocast(self.sizes.device, torch.bfloat16) if self.sizes.bf16 else nullcontext():
+            loss = self.model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        aux.step()
 
-    def wait(self) -> None:
-        if self.sizes.device == "cuda":
-            torch.cuda.synchronize()
-
-    def batch(self) -> torch.Tensor:
+    def batch(self, index: int) -> torch.Tensor:
+        """The tokens of one round, the same for all arms."""
         shape = (self.sizes.tokens // self.sizes.sequence, self.sizes.sequence)
-        return torch.randint(self.sizes.vocabulary, shape, device=self.sizes.device)
+        generator = torch.Generator().manual_seed(index)
+        return torch.randint(self.sizes.vocabulary, shape, generator=generator).to(self.sizes.device)
 
 
-def run(sizes: Sizes) -> dict[str, list[float]]:
-    """Milliseconds of every arm in every round after the warm-up."""
-    bench, times = Bench(sizes), {arm: [] for arm in ARMS}
-    for number in range(sizes.warm_up + sizes.rounds):
-        tokens = bench.batch()
-        for arm in random.sample(list(ARMS), len(ARMS)):  # who comes after whom matters: caches, freed memory
-            taken = bench.step(arm, tokens)
-            if number >= sizes.warm_up:
-                times[arm].append(taken)
-        print(f"\rround {number + 1} of {sizes.warm_up + sizes.rounds}", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    return times
-
-
-def peak_gib(sizes: Sizes, arm: str) -> float:
-    """Peak memory of three steps of one arm."""
-    if sizes.device == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        bench = Bench(sizes)
-        for _ in range(3):
-            bench.step(arm, bench.batch())
-        return torch.cuda.max_memory_allocated() / 2**30
-    flags = [f"--only={arm}"]
-    for name, value in asdict(sizes).items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif name != "only":
-            flags.append(f"--{flag}={value}")
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def table(sizes: Sizes, times: dict[str, list[float]]) -> str:
-    lines = ["| losses | ms a step (CPU time on a CPU) | ratio | quartiles | peak GiB |", "|---|--:|--:|--:|--:|"]
-    for arm, taken in times.items():
-        ratios = [ours / base for ours, base in zip(taken, times[BASE], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        memory = f"{peak_gib(sizes, arm):.2f}" if sizes.memory else ""
-        lines.append(f"| {arm} | {statistics.median(taken):.0f} | {middle:.3f} | {low:.3f} to {high:.3f} | {memory} |")
-    return "\n".join(lines)
+def three_steps(arm: str, sizes: Sizes) -> None:
+    """What peak memory is measured of."""
+    bench = Bench(sizes)
+    for index in range(3):
+        bench.step(arm, bench.batch(index))
 
 
 def main(sizes: Sizes) -> None:
     torch.set_num_threads(sizes.threads)
     if sizes.only:
-        bench = Bench(sizes)
-        for _ in range(3):
-            bench.step(sizes.only, bench.batch())
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        three_steps(sizes.only, sizes)
+        print(resident_gib())
         return
-    where = torch.cuda.get_device_name() if sizes.device == "cuda" else processor()
-    print(f"{where}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
-    print(table(sizes, run(sizes)))
+    bench = Bench(sizes)
+    times = rounds(
+        list(ARMS), lambda arm, i: bench.step(arm, bench.batch(i)), number=sizes.rounds, warm_up=sizes.warm_up
+    )
+    print(f"{machine(sizes.device)}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
+    peak = (lambda arm: peak_gib(sizes, arm, lambda arm: three_steps(arm, sizes))) if sizes.memory else None
+    print(table("losses", times, BASE, peak))
 
 
 if __name__ == "__main__":

@@ -119,8 +119,8 @@ BUGS = [
     Bug(
         "convex mix not normalised",
         "models/layers.py",
-        "share = logits.softmax(-1)",
-        "share = logits.sigmoid()",
+        "share = (logits[:, :1] - logits[:, 1:]).sigmoid()",
+        "share = logits[:, :1].sigmoid()",
         "test_layers",
     ),
     Bug(
@@ -453,6 +453,37 @@ BUGS = [
         "tap.run(hidden_states, routing.expert, routing.weight, *args), None",
         "tap.run(hidden_states, top_k_index, top_k_weights, *args), None",
         "test_reroute",
+    ),
+    Bug("the screening seed in the interval", "sweep.py", "if self.seed in seeds:", "if False:", "test_sweep"),
+    Bug("a failed screening run tried again", "sweep.py", "if note.exists():", "if False:", "test_sweep"),
+    Bug("one recipe's rate for all", "sweep.py", "chosen.chosen[r.name]", "min(chosen.chosen.values())", "test_sweep"),
+    Bug(
+        "dtype decided anew for what is added",
+        "compare.py",
+        "recorded_dtype(undecided[0], earlier[0]) if earlier else undecided[0]",
+        "undecided[0]",
+        "test_sweep",
+    ),
+    Bug(
+        "the lowest rate is no edge",
+        "report/sentences.py",
+        "at_the_edge(found, min)",
+        "[]",
+        "test_report_learning_rates",
+    ),
+    Bug(
+        "every robustness test in all layers",
+        "inspection/robustness.py",
+        "dict.fromkeys(test.scope.layers, perturbation(test, seed))",
+        "dict.fromkeys([layer.name for layer in layers], perturbation(test, seed))",
+        "test_robustness",
+    ),
+    Bug(
+        "second sub-layers called first",
+        "inspection/places.py",
+        "blocks[:i].count(blocks[i])",
+        "blocks[i:].count(blocks[i]) - 1",
+        "test_robustness",
     ),
 ]
 

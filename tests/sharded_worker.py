@@ -1,10 +1,11 @@
 """One process of two (or the one that they must equal): two steps with auxiliary losses, and the gradients of the last.
 
-    python sharded_worker.py FOLDER one|ddp|expert-parallel
+    python sharded_worker.py FOLDER one|ddp|fsdp|expert-parallel
 
 FOLDER holds a saved model and `inputs.pt`. Ranks take a row each; rank 0 writes `HOW.pt`: loss and gradients.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -28,13 +29,13 @@ LOSSES = {
 
 
 def load(folder: Path, how: str) -> nn.Module:
-    if how == "expert-parallel":
+    if how in ("fsdp", "expert-parallel"):
         from transformers.distributed import DistributedConfig
 
-        sharding = DistributedConfig(fsdp_size=2, ep_size=2)
+        sharding = DistributedConfig(fsdp_size=2, ep_size=2 if how == "expert-parallel" else 1)
         return AutoModelForCausalLM.from_pretrained(folder, distributed_config=sharding).train()
     model = AutoModelForCausalLM.from_pretrained(folder).train()
-    model.gradient_checkpointing_enable()  # two of three ways, so that the ways differ in it
+    model.gradient_checkpointing_enable()  # two of the ways, so that the ways differ in it
     return model if how == "one" else DistributedDataParallel(model)
 
 
@@ -51,8 +52,12 @@ def main(folder: Path, how: str) -> None:
     items = int((inputs["labels"][:, 1:] != -100).sum())
     mine = inputs if ranks == 1 else {name: value[rank : rank + 1] for name, value in inputs.items()}
     model, aux = load(folder, how), AuxLosses(**LOSSES)
+    # Not fused, for parameters lie on several meshes. Its step shows whether what is shared moves as one.
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
     with aux.attach(model):
-        for _ in range(2):  # the second step knows the first one's load and mean scores
+        for step in range(2):  # the second step knows the first one's load and mean scores
+            if step:
+                optimizer.step()
             model.zero_grad()
             loss = model(**mine, num_items_in_batch=items).loss
             (loss * ranks).backward()  # gradients are averaged over ranks
@@ -66,7 +71,8 @@ def main(folder: Path, how: str) -> None:
         torch.save({"loss": total, "gradients": gradients, "state": aux.state_dict()}, folder / f"{how}.pt")
     if ranks > 1:
         dist.barrier()
-        dist.destroy_process_group()
+        # Taking the reducer apart can wait for a thread of gloo that waits for the interpreter, for ever (torch 2.13).
+        os._exit(0)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,19 @@ from transformers import PreTrainedModel
 from moestro import Dense, MoE, MoestroConfig, MoestroForCausalLM
 from test_aux_losses import assert_equal
 
+OURS = ["moestro serial", "moestro parallel", "moestro tied", "moestro shared-pool"]
 WORKER = Path(__file__).parent / "sharded_worker.py"
 
 
-def our_model() -> PreTrainedModel:
-    moe = MoE(num_experts=4, top_k=2, width=16, num_shared=1)
+def our_model(composition: str) -> PreTrainedModel:
+    moe = MoE(num_experts=4, top_k=2, width=16, num_shared=1, mix="convex")
     config = MoestroConfig(
         vocab_size=tiny_models.VOCABULARY,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        feed_forward=[[Dense(width=16)], [moe, moe]],
+        feed_forward=[[Dense(width=16), moe], [moe, moe]],
+        composition=composition,
     )
     model = MoestroForCausalLM(config)
     for parameter in model.parameters():
@@ -45,15 +47,15 @@ def run(folder: Path, how: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["mixtral", "olmoe", "deepseek_v3", "gpt_oss", "moestro"])
+@pytest.mark.parametrize("package", ["mixtral", "olmoe", "deepseek_v3", "gpt_oss", *OURS])
 def test_two_ranks_equal_one(package: str, tmp_path: Path):
     inputs = tiny_models.build("mixtral", padded=True).inputs
-    model = our_model() if package == "moestro" else tiny_models.build(package).model
+    model = our_model(package.partition(" ")[2]) if package in OURS else tiny_models.build(package).model
     model.save_pretrained(tmp_path)
     torch.save(inputs, tmp_path / "inputs.pt")
     one = run(tmp_path, "one")
     assert one["state"]["steps"] == 2
-    for how in ("ddp", "expert-parallel"):
+    for how in ("ddp", "expert-parallel", *(["fsdp"] if package in OURS else [])):
         two = run(tmp_path, how)
         torch.testing.assert_close(two["loss"], one["loss"], rtol=1e-5, atol=1e-6)
         assert_equal(two["gradients"], one["gradients"])

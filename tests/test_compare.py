@@ -11,6 +11,7 @@ from moestro import Misuse
 from moestro.compare import plan, run_folder, training_flops
 from moestro.comparison import Comparison
 from moestro.records import read_record
+from moestro.sweep import Grid, at_rate
 from moestro.training.recipes import recipe
 
 COMPARE = ["compare", "dense:width=24", "smoe", "--tokens", "1280", "--seeds", "2", *SMALL]
@@ -86,9 +87,16 @@ def test_the_recipes_of_a_size_are_a_fair_comparison(size: str):
 
 def test_run_folders_are_safe_names(tmp_path: Path):
     hostile = replace(recipe("smoe"), name="../../smoe:a=b/<x>")
-    place = run_folder(tmp_path, hostile, 0)
+    place = run_folder(tmp_path, hostile, 0, plan([hostile], seeds=[0]))
     assert place.parent.parent == tmp_path
     assert "<" not in str(place)
+
+
+def test_a_sweep_has_a_folder_per_learning_rate_and_budget(tmp_path: Path):
+    grid = Grid(learning_rates=(1e-3,))
+    the_plan = plan([recipe("smoe")], seeds=[0], grid=grid)
+    place = run_folder(tmp_path, at_rate(the_plan.recipes[0], 1e-3, grid), 1000, the_plan)
+    assert place == tmp_path / "smoe" / "learning_rate=0.001,tokens=250000" / "seed-1000"
 
 
 def test_dry_run_counts_what_does_not_fit_here(monkeypatch, capsys, tmp_path: Path):

@@ -1,9 +1,11 @@
 """`MoestroConfig`: its file, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 
 from agreement import MOE, every_shape, small_config
-from moestro import Misuse, MoestroConfig
+from moestro import Dense, Misuse, MoestroConfig, RouterRule
 
 
 @every_shape
@@ -61,6 +63,25 @@ def test_sub_layers_that_cannot_work_are_refused(changes, message, unchecked):
             {"num_attention_heads": 3, "num_key_value_heads": 3},
             "num_attention_heads must divide hidden_size (32), got 3",
         ),
+        (
+            {"composition": "product"},
+            "composition must be one of serial, parallel, tied, shared-pool, got 'product'",
+        ),
+        *(
+            (
+                {"composition": "tied", "feed_forward": [[MOE], [MOE, Dense(width=8), replace(MOE, **other)]]},
+                "composition = tied needs MoE sub-layers of equal num_experts, top_k and router, not so in block 1",
+            )
+            for other in ({"num_experts": 8}, {"top_k": 1}, {"router": RouterRule(scores="sigmoid")})
+        ),
+        *(
+            (
+                {"composition": "shared-pool", "feed_forward": [[MOE, replace(MOE, **other)], [MOE]]},
+                "composition = shared-pool needs MoE sub-layers of equal num_experts, width and router, "
+                "not so in block 0",
+            )
+            for other in ({"num_experts": 8}, {"width": 8}, {"router": RouterRule(renormalise=False)})
+        ),
         ({"hidden_size": 36}, "hidden_size must be a multiple of 8 where there are experts, got 36"),
         (
             {"attention_bias": True, "qk_norm": False},
@@ -73,6 +94,20 @@ def test_configs_that_cannot_work_are_refused(changes, message):
     with pytest.raises(Misuse) as refusal:
         small_config(**changes)
     assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("composition", "changes"),
+    [
+        ("serial", {"num_experts": 8, "top_k": 1, "width": 8, "num_shared": 0}),
+        ("parallel", {"num_experts": 8, "top_k": 1, "width": 8, "num_shared": 0}),
+        ("tied", {"width": 8, "num_shared": 0}),
+        ("shared-pool", {"top_k": 1, "num_shared": 2, "mix": "convex"}),
+    ],
+)
+def test_sub_layers_may_differ_in_what_is_not_shared(composition, changes):
+    config = small_config(composition=composition, feed_forward=[[MOE, replace(MOE, **changes)], [MOE]])
+    assert config.sub_layers[0][1] == replace(MOE, **changes)
 
 
 def test_an_unknown_activation_is_refused():

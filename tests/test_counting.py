@@ -1,7 +1,6 @@
 """Counts from the config alone, against models that were built, against PyTorch's counter, and against the papers."""
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from moestro.models.counting import (
 )
 from moestro.models.layers import SparseMoE
 from moestro.training.recipes import recipe
+from test_controls import EVERY_SPEC
 
 
 @st.composite
@@ -38,9 +38,25 @@ def sub_layers(draw: st.DrawFn) -> SubLayer:
     )
 
 
+def composable(block: list[SubLayer], composition: str) -> list[SubLayer]:
+    """The block with its MoE sub-layers made alike in what must be."""
+    first = next((spec for spec in block if isinstance(spec, MoE)), None)
+    alike = {"tied": ("num_experts", "top_k", "router"), "shared-pool": ("num_experts", "width", "router")}
+
+    def fitted(spec: SubLayer) -> SubLayer:
+        if not isinstance(spec, MoE):
+            return spec
+        changes = {name: getattr(first, name) for name in alike.get(composition, ())}
+        return replace(spec, **changes | {"top_k": min(spec.top_k, changes.get("num_experts", spec.top_k))} | changes)
+
+    return [fitted(spec) for spec in block]
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> MoestroConfig:
-    blocks = draw(st.lists(st.lists(sub_layers(), min_size=1, max_size=2), min_size=1, max_size=3))
+    composition = draw(st.sampled_from(["serial", "parallel", "tied", "shared-pool"]))
+    blocks = draw(st.lists(st.lists(sub_layers(), min_size=1, max_size=3), min_size=1, max_size=3))
+    blocks = [composable(block, composition) for block in blocks]
     qk_norm = draw(st.booleans())
     return MoestroConfig(
         vocab_size=draw(st.integers(1, 50)),
@@ -53,6 +69,7 @@ def configs(draw: st.DrawFn) -> MoestroConfig:
         attention_bias=qk_norm and draw(st.booleans()),
         tie_word_embeddings=draw(st.booleans()),
         feed_forward=blocks,
+        composition=composition,
     )
 
 
@@ -69,15 +86,14 @@ def test_parameters_are_those_of_the_built_model(config):
 
 
 @given(configs())
-def test_active_parameters_are_all_but_the_experts_not_chosen(config):
+def test_active_parameters_are_what_multiplies_a_token(config):
+    """All but the experts, and top_k of them per sub-layer: a token that passes a shared pool twice counts twice."""
     model = build_without_memory(config)
-    idle = 0
+    active = sum(p.numel() for name, p in model.named_parameters() if ".experts." not in name)
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
-            each = sum(p[0].numel() for p in layer.experts.parameters())
-            idle += each * (layer.router.num_experts - layer.router.top_k)
-    count = count_parameters(config)
-    assert count.total - count.active == idle
+            active += layer.router.top_k * sum(p[0].numel() for p in layer.experts.parameters())
+    assert count_parameters(config).active == active
 
 
 @given(configs())
@@ -109,25 +125,21 @@ def test_training_costs_three_forward_passes():
     assert counter.get_total_flops() == 2 * 7 * training_flops_per_token(config, 7)
 
 
+@pytest.mark.parametrize(
+    ("spec", "size"),
+    [
+        *((spec, size) for size in ("tiny", "small") for spec in EVERY_SPEC),
+        *(("cartesian-paper", size) for size in ("base", "large", "7b")),
+    ],
+)
+def test_parameters_of_every_recipe_are_those_of_its_model(spec, size):
+    config = recipe(spec, size).model.config(512)
+    assert count_parameters(config).total == sum(p.numel() for p in build_without_memory(config).parameters())
+
+
 def test_tied_embeddings_count_once():
     tied, untied = (count_parameters(small_config(tie_word_embeddings=tie)) for tie in (True, False))
     assert untied.total - tied.total == untied.active - tied.active == 64 * 32
-
-
-def with_cartesian_blocks(size: str) -> MoestroConfig:
-    """The paper's own model: in place of each MoE layer two of them in series, of experts half as wide."""
-    config = recipe("smoe", size).model.config(2048)
-
-    def halves(block: list[SubLayer]) -> list[SubLayer]:
-        return [replace(spec, width=spec.width // 2, mix="convex") for spec in block if isinstance(spec, MoE)] * 2
-
-    blocks = [halves(block) or block for block in config.sub_layers]
-    fields: dict[str, Any] = config.to_dict() | {"feed_forward": blocks}
-    return MoestroConfig(**fields)
-
-
-def paper_config(name: str, size: str) -> MoestroConfig:
-    return with_cartesian_blocks(size) if name == "cartesian" else recipe(name, size).model.config(2048)
 
 
 @pytest.mark.parametrize(
@@ -139,13 +151,13 @@ def paper_config(name: str, size: str) -> MoestroConfig:
         ("smoe", "large", 2884e6, 770.4e6),
         ("fine-grained", "base", 842.0e6, 247.4e6),
         ("fine-grained", "large", 2884e6, 770.4e6),
-        ("cartesian", "base", 842.0e6, 247.4e6),
-        ("cartesian", "large", 2884e6, 770.4e6),
-        ("cartesian", "7b", 7245e6, 1608e6),
+        ("cartesian-paper", "base", 842.0e6, 247.4e6),
+        ("cartesian-paper", "large", 2884e6, 770.4e6),
+        ("cartesian-paper", "7b", 7245e6, 1608e6),
     ],
 )
 def test_sizes_of_the_cartesian_moe_paper(name, size, total, active):
     """Every figure of Su et al. 2024 (arXiv:2410.16077) within 0.1 %."""
-    count = count_parameters(paper_config(name, size))
+    count = count_parameters(recipe(name, size).model.config(2048))
     assert count.total == pytest.approx(total, rel=1e-3)
     assert count.active == pytest.approx(active, rel=1e-3)

@@ -19,7 +19,8 @@ def opened(browser, tmp_path_factory) -> OpenReport:
     checkpoints = [str(save("moestro", folder / "plain")), str(save("deepseek_v3", folder / "<b>bold<i>"))]
     data = domains(folder / "text", NAMES)
     with pytest.MonkeyPatch.context() as patch:
-        assert moestro(patch, "inspect", *checkpoints, *data, "--dtype", "float32", "--out", str(folder / "out")) == 0
+        how = ["--robustness", "--dtype", "float32", "--out", str(folder / "out")]
+        assert moestro(patch, "inspect", *checkpoints, *data, *how) == 0
     return OpenReport(browser, folder / "out" / "report.html")
 
 
@@ -31,7 +32,12 @@ def page(opened):
 
 
 def test_all_figures_are_drawn(page):
-    for selector, count in (("[data-measure]", 14), ("[data-load]", 2), ("[data-domains]", 2)):
+    for selector, count in (
+        ("[data-measure]", 14),
+        ("[data-robustness]", 1),
+        ("[data-load]", 2),
+        ("[data-domains]", 2),
+    ):
         plots = page.locator(selector)
         assert plots.count() == count
         assert all(plots.nth(index).locator("svg.main-svg").count() for index in range(count)), selector
@@ -39,6 +45,9 @@ def test_all_figures_are_drawn(page):
     assert lines.count() == 2
     assert page.locator("[data-measure=domain_mutual_information] .scatterlayer path.js-line").count() == 4  # by chance
     assert page.locator("[data-load] .heatmaplayer image").count() == 2
+    assert (
+        page.locator("[data-robustness] .scatterlayer path.point").count() == 15
+    )  # of 4 and 3 scopes, and 4 tests each
 
 
 def test_hostile_names_are_text(page):

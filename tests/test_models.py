@@ -38,7 +38,7 @@ WRITTEN = ("o_proj.weight", "down_proj", "down_proj.weight")
 
 @every_shape
 def test_initialisation_leaves_nothing_out(shape):
-    """Matrices are drawn with `initializer_range`, over the root of all writes where they write; norms one, biases 0."""
+    """Matrices are drawn with `initializer_range`, over the root of all writes where they write; norms are 1."""
     model = MoestroForCausalLM(small_config(**shape, initializer_range=0.05))
     writes = sum(1 + len(layer.feed_forward) for layer in model.model.layers)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

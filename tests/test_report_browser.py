@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from comparison_fixture import HOSTILE, hostile, make_comparison
+from comparison_fixture import HOSTILE, hostile, make_comparison, swept
 from moestro.report import write_report
 from moestro.report.text import visible
 
@@ -54,7 +54,7 @@ def browser():
 def reports(browser, tmp_path_factory) -> dict[str, OpenReport]:
     """Opened once: every test sets what it looks at (size, scheme, controls) by itself."""
     folder = tmp_path_factory.mktemp("reports")
-    made = {"plain": make_comparison(), "hostile": hostile(make_comparison((0,)))}
+    made = {"plain": swept(make_comparison()), "hostile": hostile(swept(make_comparison((0,))))}
     for name, comparison in made.items():
         write_report(comparison, folder / f"{name}.html")
     return {name: OpenReport(browser, folder / f"{name}.html") for name in made}
@@ -90,6 +90,15 @@ def test_figures_are_drawn(plain):
     lines = plain.locator("[data-curve=held-out] .scatterlayer path.js-line")
     assert lines.count() == 12  # three recipes of three seeds and a mean
     assert plain.locator("#load .heatmaplayer image").count() == 1
+
+
+def test_learning_rates_are_drawn_and_say_their_losses(plain):
+    figure = plain.locator("#rates")
+    assert figure.locator(".scatterlayer path.js-line").count() == 3
+    assert figure.locator(".xtick text").all_text_contents() == ["0.001", "0.002", "0.004", "0.008"]
+    figure.locator(".nsewdrag").hover()
+    figure.locator(".hoverlayer text").first.wait_for()
+    assert "fine-grained : 4.0" in "".join(figure.locator(".hoverlayer text").all_text_contents())
 
 
 @pytest.mark.parametrize("width", [1280, 390])

@@ -222,26 +222,22 @@ def test_our_layers_select_as_routers_route_does(name: str) -> None:
         assert torch.equal(record.routing.scores, expected.scores)
 
 
-@pytest.mark.parametrize("package", ["deepseek_v3", "deepseek_v2"])
-def test_a_group_whose_experts_are_all_banned_comes_last(package: str) -> None:
-    if package == "deepseek_v2":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(tiny_models.GENERIC, "topk_method", "group_limited_greedy")
-            model, inputs = built(package)
-    else:
-        model, inputs = built(package)
+@pytest.mark.parametrize("package", ["deepseek_v3", "mistral4", "deepseek_v2"])
+def test_banned_experts_do_not_count_for_their_group(package: str, monkeypatch) -> None:
+    """A group with one expert left has that one's score, and comes last with none left."""
+    for name, value in {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3}.items():
+        monkeypatch.setitem(tiny_models.GENERIC, name, value)
+    model, inputs = built(package)
     banned = torch.zeros(24, 8, dtype=torch.bool)
-    banned[:12, :4] = banned[12:, 5:6] = True
-    rule = lambda proposal: proposal.select(banned=banned)
-    for record in run(model, rule, inputs)[1]:
-        assert (record.routing.expert[:12] >= 4).all()
-        assert not (record.routing.expert[12:] == 5).any()
-        logits = record.proposed.logits
-        assert logits is not None
-        if package == "deepseek_v3":  # the other scores a group by its best expert alone
-            own = RouterRule(scores="sigmoid", scale=2.5, num_groups=2)
-            expected = route(logits, own, 3, bias=record.layer.selection_bias, banned=banned)
-            assert torch.equal(record.routing.expert.sort(-1).values, expected.expert.sort(-1).values)
+    banned[:12, :2] = banned[12:, 3:8:2] = True
+    for record in run(model, lambda proposal: proposal.select(banned=banned), inputs)[1]:
+        assert not banned.gather(-1, record.routing.expert).any()
+        assert record.proposed.logits is not None
+        if package == "deepseek_v2":  # a group's score is its best expert's
+            continue
+        own = RouterRule(scores=record.layer.scores, num_groups=4, top_groups=3)
+        expected = route(record.proposed.logits, own, 3, bias=record.layer.selection_bias, banned=banned)
+        assert torch.equal(record.routing.expert.sort(-1).values, expected.expert.sort(-1).values)
 
 
 def test_phimoe_mixes_as_if_the_disabled_experts_were_not_there() -> None:

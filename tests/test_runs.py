@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from command_line import SMALL, moestro, sources, start, write_corpus
+from moestro import Misuse
+from moestro.training.recipes import recipe
+from moestro.training.runs import open_run
 
 pytestmark = pytest.mark.xdist_group("runs")  # they share the uninterrupted run
 TRAIN = ["--tokens", "5120", *SMALL]  # 40 steps, a checkpoint every 10
@@ -149,6 +153,16 @@ def test_folder_of_another_recipe_is_refused(uninterrupted: Path, corpus: list[s
     assert moestro(monkeypatch, *arguments, "--learning-rate", "0.001") == 2
     assert "holds another run: learning_rate is 0.002 there and 0.001 here" in capsys.readouterr().err
     assert (uninterrupted / "summary.json").exists()
+
+
+def test_other_words_for_a_recipe_are_no_other_run(tmp_path: Path):
+    description = {"recipe": asdict(recipe("smoe")), "seed": 0, "data": "hash"}
+    open_run(tmp_path / "run", description)
+    reworded = replace(recipe("smoe"), description="said better")
+    open_run(tmp_path / "run", description | {"recipe": asdict(reworded)})
+    other = replace(recipe("smoe"), name="another")
+    with pytest.raises(Misuse, match="name is 'smoe' there and 'another' here"):
+        open_run(tmp_path / "run", description | {"recipe": asdict(other)})
 
 
 def test_folder_with_other_files_is_refused(corpus: list[str], tmp_path: Path, monkeypatch, capsys):

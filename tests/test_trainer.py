@@ -8,8 +8,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from agreement import SHAPES, small_config
+from moestro import MoestroForCausalLM
 from moestro.adapters import AuxLosses
-from moestro.training.trainer import first_non_finite
+from moestro.training.trainer import PretrainingTrainer, first_non_finite
 from test_aux_losses import assert_equal, ragged_batch, tiny_model
 
 
@@ -89,6 +91,28 @@ def test_detached_trainer_is_as_before(tmp_path: Path):
         assert "compute_loss" in vars(trainer)
     assert "compute_loss" not in vars(trainer)
     assert len(trainer.callback_handler.callbacks) == callbacks
+
+
+@pytest.mark.parametrize("name", ["two sub-layers, convex", "tied, untied embeddings", "biases"])
+def test_matrices_alone_are_decayed(tmp_path: Path, name: str):
+    """Not norms, biases (that of the convex mix among them) nor embeddings, also where these are the head's matrix."""
+    model = MoestroForCausalLM(small_config(**SHAPES[name]))
+    trainer = PretrainingTrainer(
+        model=model,
+        args=arguments(tmp_path, 8, 1, weight_decay=0.1),
+        aux=AuxLosses(),
+        meter=None,
+        tokens_per_step=1,
+        held_out_loss=lambda: 0.0,
+        held_out_every=1,
+    )
+    groups = trainer.create_optimizer().param_groups
+    decay = {id(parameter): group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert len(decay) == sum(len(group["params"]) for group in groups)
+    for path, parameter in model.named_parameters():
+        is_matrix = parameter.ndim > 1 and "embed_tokens" not in path
+        assert decay[id(parameter)] == (0.1 if is_matrix else 0.0), path
+    assert not name.startswith("two") or any(path.endswith("mix.proj.bias") for path, _ in model.named_parameters())
 
 
 def test_first_module_that_breaks_is_named():

@@ -132,6 +132,8 @@ def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
     found = None
     if the_plan.grid is not None:
         found = sweep(the_plan.recipes, the_plan.grid, run)
+        if not the_plan.seeds:  # the screening runs are read once more, and all was said of them
+            run = partial(run, console=Console(quiet=True))
         the_plan = screened(the_plan, the_plan.grid, found)
     runs: dict[str, list[Run]] = {recipe.name: [] for recipe in the_plan.recipes}
     for seed in the_plan.seeds:

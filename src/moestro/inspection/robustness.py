@@ -21,15 +21,13 @@ from moestro.routing import MoELayer, Reroute
 NOISE = (0.1, 0.3, 1.0)
 """In units of the standard deviation of a token's logits."""
 
-Kind = Literal["disabled", "replaced", "noise"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scope:
     """The layers that a test perturbs."""
 
     words: str
-    """ "layer 3", "first of layers 1 to 3", "all layers"."""
+    """ "layer 3", "first of layers 1 to 3", "all layers", "all layers but layer 0"."""
     label: str
     """The same for an axis: "3", "first", "all"."""
     layers: tuple[str, ...]
@@ -40,7 +38,7 @@ class Scope:
 class RobustnessTest:
     """One pass over the text under one perturbation."""
 
-    kind: Kind
+    kind: Literal["disabled", "replaced", "noise"]
     """Top experts disabled, top experts replaced at random, or noise on the logits."""
     amount: float
     """How many experts of each token, or how much noise."""
@@ -69,40 +67,46 @@ class Robustness:
 
 
 def scopes(layers: Sequence[MoELayer]) -> list[Scope]:
-    """Every layer singly; where blocks hold several, the first of all blocks, the second, ...; and all."""
+    """Every layer singly; and where several blocks hold several, the first of each block, the second, and so on."""
     found = [
         Scope(words=f"layer {label}", label=label, layers=(layer.name,))
         for layer, label in zip(layers, labels(layers), strict=True)
     ]
     for ordinal, alike in in_blocks(layers).items():
         names = tuple(layer.name for layer in alike)
-        found.append(Scope(words=f"{ordinal} of {places(alike)}", label=ordinal, layers=names))
-    return [*found, everywhere(layers)] if layers else []
+        if len(names) > 1:
+            found.append(Scope(words=f"{ordinal} of {places(alike)}", label=ordinal, layers=names))
+    return found
 
 
-def everywhere(layers: Sequence[MoELayer]) -> Scope:
-    """All of these layers."""
-    return Scope(words="all layers", label="all", layers=tuple(layer.name for layer in layers))
+def everywhere(layers: Sequence[MoELayer], but: Sequence[MoELayer] = ()) -> Scope:
+    """All of the layers, without some."""
+    names = tuple(layer.name for layer in layers if layer not in but)
+    return Scope(words=f"all layers but {places(but)}" if but else "all layers", label="all", layers=names)
 
 
-def planned(layers: Sequence[MoELayer], count: int = 1) -> list[tuple[Kind, float, Scope]]:
+def planned(layers: Sequence[MoELayer], count: int = 1) -> list[RobustnessTest]:
     """Which tests to make: 1 to `count` experts disabled in every scope, and all else in all layers."""
-    learned = [layer for layer in layers if layer.scores is not None]
-    tests: list[tuple[Kind, float, Scope]] = []
+    looked_up = [layer for layer in layers if layer.scores is None]
+    learned = everywhere(layers, looked_up)
+    narrow = [scope for scope in scopes(layers) if set(scope.layers) <= set(learned.layers)]
+    tests: list[RobustnessTest] = []
     for number in range(1, count + 1):
-        tests += [("disabled", float(number), scope) for scope in scopes(learned)]
-    for number in range(1, count + 1):
-        tests.append(("replaced", float(number), everywhere(layers)))
-    if learned:
-        tests += [("noise", scale, everywhere(learned)) for scale in NOISE]
+        if learned.layers:
+            tests += [
+                RobustnessTest(kind="disabled", amount=float(number), scope=scope) for scope in (*narrow, learned)
+            ]
+        tests.append(RobustnessTest(kind="replaced", amount=float(number), scope=everywhere(layers)))
+    if learned.layers:
+        tests += [RobustnessTest(kind="noise", amount=scale, scope=learned) for scale in NOISE]
     return tests
 
 
-def perturbation(kind: Kind, amount: float, seed: int) -> Reroute:
+def perturbation(test: RobustnessTest, seed: int) -> Reroute:
     """The reroute of a test."""
-    if kind == "noise":
-        return add_noise(amount, seed)
-    return disable(int(amount)) if kind == "disabled" else replace_at_random(int(amount), seed)
+    if test.kind == "noise":
+        return add_noise(test.amount, seed)
+    return disable(int(test.amount)) if test.kind == "disabled" else replace_at_random(int(test.amount), seed)
 
 
 def measure_robustness(
@@ -117,9 +121,8 @@ def measure_robustness(
     """Make all tests. `loss_of(context, words)`: the model's loss within a context that reroutes it."""
     plan = planned(layers, count)
     tests = []
-    for number, (kind, amount, scope) in enumerate(plan, start=1):
-        test = RobustnessTest(kind=kind, amount=amount, scope=scope)
-        rerouted = reroute(model, dict.fromkeys(scope.layers, perturbation(kind, amount, seed)))
+    for number, test in enumerate(plan, start=1):
+        rerouted = reroute(model, dict.fromkeys(test.scope.layers, perturbation(test, seed)))
         try:
             loss = loss_of(rerouted, f"robustness, test {number} of {len(plan)}")
         except Misuse as error:  # some rules have no expert to spare, and say so

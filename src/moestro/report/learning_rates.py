@@ -71,7 +71,7 @@ def _layout(rates: Sequence[float]) -> Figure:
     layout = frame(height=300)
     low, high = math.log10(rates[0]), math.log10(rates[-1])
     margin = 0.06 * (high - low)
-    layout["hovermode"] = "x unified"
+    layout |= {"hovermode": "x unified", "hoverdistance": -1}  # points are far apart: the nearest one, however far
     layout["xaxis"] |= {"type": "log", "range": [low - margin, high + margin], "showgrid": False, "hoverformat": "~g"}
     layout["xaxis"] |= {"tickvals": list(rates), "ticktext": [f"{rate:g}" for rate in rates]}
     layout["xaxis"] |= {"title": {"text": "learning rate", "standoff": 8, "font": {"size": 12}}}

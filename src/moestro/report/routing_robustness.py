@@ -51,10 +51,10 @@ def is_layer(label: str) -> bool:
 
 
 def words(test: RobustnessTest) -> str:
-    """What was done: "top 1 disabled"."""
+    """What was done: "top-1 disabled"."""
     if test.kind == "noise":
         return f"noise of {test.amount:g} on the logits"
-    return f"top {test.amount:g} {'disabled' if test.kind == 'disabled' else 'replaced at random'}"
+    return f"top-{test.amount:g} {'disabled' if test.kind == 'disabled' else 'replaced at random'}"
 
 
 def robustness_rows(study: RoutingStudy) -> tuple[Row, ...]:
@@ -100,15 +100,15 @@ def findings(checkpoint: Measured) -> list[str]:
     disabled = [t for t in checkpoint.robustness.tests if t.kind == "disabled" and t.amount == 1 and t.rise is not None]
     single = [(t.rise or 0.0, t.scope.label) for t in disabled if is_layer(t.scope.label)]
     said = [
-        f"With each token's first expert disabled in all layers the loss rises by {fixed(t.rise)} nats per token, "
-        f"perplexity from {fixed(checkpoint.robustness.perplexity, 2)} to {fixed(t.perplexity, 2)}."
+        f"With each token's first expert disabled in {t.scope.words} the loss changes by {signed(t.rise or 0.0)} nats "
+        f"per token, perplexity from {fixed(checkpoint.robustness.perplexity, 2)} to {fixed(t.perplexity, 2)}."
         for t in disabled
         if t.scope.label == "all"
     ]
     if single:
         (most, where), (least, other) = max(single), min(single)
-        said.append(f"One layer at a time it changes most in layer {where} ({signed(most)})")
-        said[-1] += f", least in layer {other} ({signed(least)})." if len(single) > 1 else "."
+        rises = f"One layer at a time it rises most in layer {where} ({signed(most)})"
+        said.append(f"{rises} and least in layer {other} ({signed(least)})." if len(single) > 1 else f"{rises}.")
     return said + limits(checkpoint.robustness)
 
 
@@ -117,11 +117,14 @@ def limits(found: Robustness) -> list[str]:
     said = []
     if found.looked_up:
         said.append(f"Experts are looked up by token in {found.looked_up}: only random replacement reaches there.")
-    by_reason: dict[str, list[str]] = {}
+    failed: dict[str, list[RobustnessTest]] = {}
     for test in found.tests:
         if test.obstacle:
-            by_reason.setdefault(test.obstacle, []).append(f"{words(test)} in {test.scope.words}")
-    return said + [f"Not tested: {', '.join(tests)}: {reason}." for reason, tests in by_reason.items()]
+            failed.setdefault(words(test), []).append(test)
+    for what, tests in failed.items():
+        where = ", ".join(test.scope.words for test in tests)
+        said.append(f"Not tested: {what} ({where}): {tests[0].obstacle}.")
+    return said
 
 
 def robustness_figure(study: RoutingStudy) -> Figure | None:
@@ -145,7 +148,7 @@ def tick(key: Key) -> str:
     """A test's name on the axis: the layer's label, or what was done where in few words."""
     kind, amount, label = key
     if kind == "disabled":
-        return label if amount == 1 else f"{label}, top {amount:g}"
+        return label if amount == 1 else f"{label}, top-{amount:g}"
     return f"noise {amount:g}" if kind == "noise" else f"random {amount:g}"
 
 

@@ -52,6 +52,8 @@ def halved(recipe: Recipe) -> Recipe:
 
 def averaged(recipe: Recipe) -> Recipe:
     """Shared experts as CartesianMoE's baselines have them: averaged, and mixed in by a learned two-way softmax."""
+    if not any(spec.num_shared and spec.mix == "sum" for spec in moe_sub_layers(recipe)):
+        raise Misuse(f"averaged needs shared experts that are summed, and {recipe.name} has none")
     block = tuple(replace(spec, mix="convex") if isinstance(spec, MoE) else spec for spec in recipe.model.block)
     return described(recipe, replace(recipe.model, block=block), "shared experts averaged and mixed in convexly")
 
@@ -60,17 +62,16 @@ def deep(recipe: Recipe) -> Recipe:
     """As many residual writes as blocks of two MoE sub-layers would have, in more and thinner blocks.
 
     More blocks have more attention: experts get thinner until active parameters agree, then as many as total ones
-    allow.
+    allow. Balance keeps its weight per layer, of which there are more.
     """
     model = recipe.model
     if len(model.block) != 1 or not isinstance(spec := model.block[0], MoE) or model.every > 1 or model.num_layers % 2:
         raise Misuse(
             f"deep needs an even number of blocks, each of one MoE sub-layer, and {recipe.name} has other ones"
         )
-    goal = count(model)
+    goal, layers = count(model), 3 * model.num_layers // 2
 
     def with_experts(width: int, num_experts: int) -> Model:
-        layers = 3 * model.num_layers // 2
         return replace(model, num_layers=layers, block=(replace(spec, width=width, num_experts=num_experts),))
 
     def miss_of_active(width: int) -> int:
@@ -81,7 +82,9 @@ def deep(recipe: Recipe) -> Recipe:
         range(spec.num_experts, 4 * spec.num_experts),
         key=lambda n: abs(count(with_experts(width, n)).total - goal.total),
     )
-    return described(recipe, with_experts(width, num_experts), "half as many blocks again, thinner experts")
+    losses = replace(recipe.losses, balance=recipe.losses.balance * layers / model.num_layers)
+    thinner = described(recipe, with_experts(width, num_experts), "half as many blocks again, thinner experts")
+    return replace(thinner, losses=losses)
 
 
 def composed(recipe: Recipe, composition: Composition, what: str) -> Recipe:
@@ -106,5 +109,5 @@ def count(model: Model) -> Count:
 
 
 def _several(recipe: Recipe, variant: str) -> None:
-    if len(moe_sub_layers(recipe)) < 2:
-        raise Misuse(f"{variant} needs blocks of two MoE sub-layers, and {recipe.name} has one")
+    if len(moe_sub_layers(recipe)) < 2 or recipe.model.composition != "serial":
+        raise Misuse(f"{variant} needs blocks of two MoE sub-layers in series, and {recipe.name} has other ones")

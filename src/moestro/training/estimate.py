@@ -40,7 +40,7 @@ class Estimate:
         return f"{self.seconds:.0f} s"
 
 
-def estimates(recipes: Sequence[Recipe], runs: float = 1) -> list[Estimate]:
+def estimates(recipes: Sequence[Recipe], runs: float | int = 1) -> list[Estimate]:
     """The cost of `runs` runs of each recipe on this machine."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = faster_dtype(device)[0]
@@ -49,7 +49,7 @@ def estimates(recipes: Sequence[Recipe], runs: float = 1) -> list[Estimate]:
     return [estimate(recipe, runs, dtype, speed[dtype]) for recipe, dtype in zip(recipes, dtypes, strict=True)]
 
 
-def estimate(recipe: Recipe, runs: float, dtype: torch.dtype, speed: float) -> Estimate:
+def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float) -> Estimate:
     """The cost of one recipe at `speed` FLOPs per second."""
     t = recipe.training
     config = recipe.model.config(t.sequence_length)

@@ -121,7 +121,7 @@ def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
     for variant in variants:
         if variant not in VARIANTS:
             raise Misuse(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}")
-        result = VARIANTS[variant](result)
+        result = replace(VARIANTS[variant](result), name=f"{result.name}+{variant}")
     for key, value in overrides.items():
         result = override(result, key, value)
     for part in filter(None, fields.split(",")):

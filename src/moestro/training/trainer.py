@@ -46,6 +46,11 @@ class PretrainingTrainer(Trainer):
         self._logged_steps = 0
         self.add_callback(StepClock(self.step_seconds))
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices alone: transformers leaves out norms and biases, but not embeddings."""
+        embeddings = {f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
+        return [name for name in super().get_decay_parameter_names(model) if name not in embeddings]
+
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The language-model loss, remembered for the log."""
         result = super().compute_loss(model, inputs, *args, **kwargs)
