@@ -142,8 +142,8 @@ def reference_sub_layers(
 
 def run_reference(layer: MoestroDecoderLayer, case: Case, stream: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
     """The same as `run`, by the reference in float64; it decides by itself what is shared."""
-    leaves = {id(w): w.detach().double().requires_grad_() for w in layer.parameters()}
-    weights = {name: leaves[id(w)] for name, w in layer.named_parameters(remove_duplicate=False)}
+    everything = layer.named_parameters(remove_duplicate=False)
+    weights = {name: w.detach().double().requires_grad_() for name, w in everything}
     stream = stream.double().requires_grad_()
     flat, _ = reference.moe_block(
         stream.flatten(0, -2), reference_sub_layers(layer, case, weights), composition=case.composition

@@ -23,7 +23,12 @@ NAME = '"allenai/OLMoE-1B-7B-0924"'
 
 
 def title(block: str) -> str:
-    words = {"SFTTrainer": "SFTTrainer", "TrainingArguments": "Trainer", "optimizer.step()": "loop"}
+    words = {
+        "reroute(": "reroute",
+        "SFTTrainer": "SFTTrainer",
+        "TrainingArguments": "Trainer",
+        "optimizer.step()": "loop",
+    }
     return next((title for word, title in words.items() if word in block), "model")
 
 
@@ -48,4 +53,4 @@ def test_a_block_runs(block: str, tmp_path: Path, tokenizer: Any, monkeypatch: p
 
 
 def test_every_kind_of_example_is_there():
-    assert sorted(map(title, BLOCKS)) == ["SFTTrainer", "Trainer", "loop", "model"]
+    assert sorted(map(title, BLOCKS)) == ["SFTTrainer", "Trainer", "loop", "model", "reroute"]

@@ -6,6 +6,7 @@ from moestro.adapters import RoutingMeter as RoutingMeter
 from moestro.adapters import freeze as freeze
 from moestro.adapters import observe as observe
 from moestro.adapters import parameter_groups as parameter_groups
+from moestro.adapters import reroute as reroute
 from moestro.errors import Misuse as Misuse
 from moestro.errors import TrainingFailed as TrainingFailed
 from moestro.models import Dense as Dense
@@ -18,6 +19,7 @@ from moestro.routing import Batch as Batch
 from moestro.routing import Competition as Competition
 from moestro.routing import LayerRecord as LayerRecord
 from moestro.routing import MoELayer as MoELayer
+from moestro.routing import Proposal as Proposal
 from moestro.routing import Routing as Routing
 
 __version__ = "0.1.0"

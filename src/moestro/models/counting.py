@@ -36,7 +36,7 @@ def tied_parameters(config: MoestroConfig, block: list[SubLayer]) -> Count:
     Active counts what multiplies a token: experts of a shared pool that it passes twice count twice, a tied router
     counts once, as its choice is made once.
     """
-    _, *later = [spec for spec in block if isinstance(spec, MoE)] or [None]
+    later = [spec for spec in block if isinstance(spec, MoE)][1:]
     if config.composition == "tied":
         routers = sum(spec.num_experts * config.hidden_size for spec in later)
         return Count(total=-routers, active=-routers)

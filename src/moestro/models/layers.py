@@ -122,7 +122,7 @@ class ConvexMix(nn.Module):
         """The mix, its two shares computed in fp32."""
         with torch.autocast(hidden.device.type, enabled=False):
             logits = F.linear(hidden.float(), self.proj.weight.float(), self.proj.bias.float())
-        # The two shares sum to one: the first of a two-way softmax is a sigmoid, and one pass over the outputs mixes them.
+        # Shares sum to one: the first of a two-way softmax is a sigmoid, and one pass over the outputs mixes them.
         share = (logits[:, :1] - logits[:, 1:]).sigmoid()
         return torch.lerp(shared.to(routed.dtype), routed, share.to(routed.dtype))
 

@@ -91,11 +91,11 @@ class MoestroPreTrainedModel(PreTrainedModel):
         # Each write adds its variance to the stream: smaller by the root of their number, they end where one would.
         # Paper: GPT-2 (Radford et al. 2019), section 2.3; a Cartesian block writes three times, not twice.
         written = std / math.sqrt(self.config.residual_writes) if self.config.depth_scaled_init else std
-        if getattr(module, "writes_to_the_stream", False):
+        if isinstance(module, nn.Linear) and getattr(module, "writes_to_the_stream", False):
             init.normal_(module.weight, mean=0.0, std=written)
         elif isinstance(module, Experts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=written)
+            for name, weight in module.named_parameters():
+                init.normal_(weight, mean=0.0, std=written if name == "down_proj" else std)
         elif isinstance(module, Router):
             init.normal_(module.weight, mean=0.0, std=std)
             if module.selection_bias is not None:
