@@ -331,5 +331,6 @@ for autocast in (True, False):
 """
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph_for_all_routings(fresh_process: Callable[[str], str]) -> None:
     fresh_process(COMPILED)

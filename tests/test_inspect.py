@@ -171,6 +171,16 @@ def pair(checkpoints, data, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder / "out", (folder / "out" / "report.html").read_text()
 
 
+def test_composed_sub_layers_say_what_they_owe_to_each_other(pair):
+    folder, report = pair
+    ours, other = read_record(RoutingStudy, folder / "routing.json").checkpoints
+    names = ("pair_information", "pair_information_shuffled", "composed", "rerouted")
+    found = {layer.label: [layer.figures[name] for name in names] for layer in (*ours.layers, *other.layers)}
+    assert all(value is not None and value > 0 for value in found.pop("1.1"))
+    assert all(values == [None] * 4 for values in found.values())
+    assert "composed term" in report
+
+
 def test_two_with_tokenizers_of_their_own_are_compared_by_byte(pair):
     folder, report = pair
     study = read_record(RoutingStudy, folder / "routing.json")

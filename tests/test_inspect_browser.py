@@ -33,7 +33,7 @@ def page(opened):
 
 def test_all_figures_are_drawn(page):
     for selector, count in (
-        ("[data-measure]", 14),
+        ("[data-measure]", 17),
         ("[data-robustness]", 1),
         ("[data-load]", 2),
         ("[data-domains]", 2),

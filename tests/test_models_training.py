@@ -192,11 +192,13 @@ print(json.dumps({name: examine(name) for name in expected}))
     return json.loads(run_fresh(script, folder).splitlines()[-1])
 
 
+@pytest.mark.xdist_group("fresh")  # which is made once
 @pytest.mark.parametrize("composition", COMPILED)
 def test_logits_are_identical_in_a_fresh_process(fresh, composition):
     assert fresh[composition]["identical"]
 
 
+@pytest.mark.xdist_group("fresh")
 @pytest.mark.parametrize("composition", COMPILED)
 def test_compiled_in_one_graph(fresh, composition):
     """Forward and backward without a graph break, equal to the uncompiled ones."""

@@ -84,7 +84,13 @@ t.mark_complete = mark
 """
 
 
-@pytest.mark.parametrize("prelude", [KILL_IN_TRAINING, KILL_IN_CHECKPOINT], ids=["in training", "in a checkpoint"])
+@pytest.mark.parametrize(
+    "prelude",
+    [
+        pytest.param(KILL_IN_TRAINING, id="in training"),
+        pytest.param(KILL_IN_CHECKPOINT, id="in a checkpoint", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_is_bit_equal(prelude: str, corpus: list[str], uninterrupted: Path, tmp_path: Path):
     arguments = ["train", RECIPE, "--out", str(tmp_path / "run"), *corpus, *TRAIN]
     killed = start(*arguments, prelude=prelude)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from moestro.adapters.composed import ComposedFigures
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.meter import RoutingMeter
 from moestro.adapters.watch import Watch
@@ -21,12 +22,13 @@ from moestro.comparison import HeldOut
 from moestro.data.packing import PackedRows
 from moestro.data.progress import watched
 from moestro.errors import Misuse, TrainingFailed
-from moestro.evaluation import Evaluation, add_losses, collate, held_out
+from moestro.evaluation import Evaluation, add_losses, collate, composed_figures, held_out
 from moestro.inspection.checkpoints import Checkpoint, load, tokenizer_of
 from moestro.inspection.findings import Finding
 from moestro.inspection.places import labels
 from moestro.inspection.robustness import Robustness, measure_robustness
 from moestro.inspection.texts import Text, packed
+from moestro.joint_routing import JointFigures
 from moestro.metrics import RoutingFigures
 
 DEFAULT_SEQUENCE_LENGTH = 512
@@ -45,7 +47,8 @@ class MeasuredLayer:
     domain_load: dict[str, tuple[float, ...]]
     """The same within each domain."""
     figures: dict[str, float | None]
-    """Every number of `moestro.metrics.RoutingFigures` by its name; None where it is not finite or not known."""
+    """Every number of `moestro.metrics.RoutingFigures` by its name, and `pair_numbers`; None where it is not finite or
+    not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,12 +180,23 @@ def measure(
         tokenizer=f"{conditions.tokenizer or 'its own'}, {len(tokenizer):,} tokens",
         tokens=int(evaluation.tokens.sum()),
         prediction=prediction,
-        layers=measured_layers(model, meter, text.domains),
+        layers=measured_layers(model, meter, composition(model, rows, conditions), text.domains),
         notes=notes,
         robustness=perturbed(model, rows, conditions, checkpoint.name, evaluation.loss)
         if conditions.robustness
         else None,
     )
+
+
+def composition(model: nn.Module, rows: PackedRows, conditions: Conditions) -> dict[str, ComposedFigures]:
+    """What sub-layers of one block owe to each other, where there are such."""
+    with torch.autocast(conditions.device.type, dtype=torch.bfloat16, enabled=conditions.autocast):
+        return composed_figures(model, rows, batch_rows(rows, conditions))
+
+
+def batch_rows(rows: PackedRows, conditions: Conditions) -> int:
+    """How many rows run at once."""
+    return max(1, conditions.batch_tokens // rows.sequence_length)
 
 
 def perturbed(model: nn.Module, rows: PackedRows, conditions: Conditions, name: str, loss: float) -> Robustness:
@@ -214,7 +228,7 @@ def run(
 ) -> Evaluation:
     """The model over all rows, within a context that watches it."""
     sums = torch.zeros(2, len(rows.document_domain), dtype=torch.float64, device=conditions.device)
-    size = max(1, conditions.batch_tokens // rows.sequence_length)
+    size = batch_rows(rows, conditions)
     starts = range(0, len(rows), size)
     with (
         torch.autocast(conditions.device.type, dtype=torch.bfloat16, enabled=conditions.autocast),
@@ -228,20 +242,32 @@ def run(
     return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=())
 
 
-def measured_layers(model: nn.Module, meter: RoutingMeter, domains: Sequence[str]) -> tuple[MeasuredLayer, ...]:
-    """What the meter counted."""
+def measured_layers(
+    model: nn.Module, meter: RoutingMeter, composed: dict[str, ComposedFigures], domains: Sequence[str]
+) -> tuple[MeasuredLayer, ...]:
+    """What the meters counted."""
     layers = moe_layers(model)
-    figures = meter.figures()
+    figures, joint = meter.figures(), meter.joint_figures()
     return tuple(
         MeasuredLayer(
             name=layer.name,
             label=label,
             load=tuple(figures[layer.name].load),
             domain_load=dict(zip(domains, map(tuple, figures[layer.name].domain_load), strict=True)),
-            figures=numbers(figures[layer.name]),
+            figures=numbers(figures[layer.name]) | pair_numbers(joint.get(layer.name), composed.get(layer.name)),
         )
         for layer, label in zip(layers, labels(layers), strict=True)
     )
+
+
+def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -> dict[str, float | None]:
+    """Of a layer that another MoE layer of its block stands before."""
+    return {
+        "pair_information": joint and joint.mutual_information,
+        "pair_information_shuffled": joint and joint.mutual_information_shuffled,
+        "composed": composed and composed.size,
+        "rerouted": composed and composed.rerouted,
+    }
 
 
 def numbers(figures: RoutingFigures) -> dict[str, float | None]:

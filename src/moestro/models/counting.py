@@ -33,8 +33,8 @@ def count_parameters(config: MoestroConfig) -> Count:
 def tied_parameters(config: MoestroConfig, block: list[SubLayer]) -> Count:
     """What a block's sub-layers counted singly have twice, as negative numbers.
 
-    Active counts what multiplies a token: experts of a shared pool that it passes twice count twice, a tied router
-    counts once, as its choice is made once.
+    Active experts of a shared pool that a token passes twice count twice, as they multiply it twice; a tied router,
+    whose choice is the same, counts once.
     """
     later = [spec for spec in block if isinstance(spec, MoE)][1:]
     if config.composition == "tied":

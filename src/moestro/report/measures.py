@@ -10,7 +10,7 @@ class Measure:
     """One number per layer."""
 
     field: str
-    """Its name in `moestro.metrics.RoutingFigures`."""
+    """Its name in `MeasuredLayer.figures`."""
     title: str
     unit: str = ""
     decimals: int = 3
@@ -113,6 +113,26 @@ KNOWN = (
         field="overlap",
         title="overlap",
         meaning="Mean share of a token's nearest tokens, by the layer's input, whose first expert is another one.",
+    ),
+    Measure(
+        field="pair_information",
+        least=0.02,
+        title="pair information",
+        unit="nats",
+        meaning="Of a block's later MoE layers: how much the choice of the layer before says about this one's.",
+    ),
+    Measure(
+        field="composed",
+        least=0.1,
+        title="composed term",
+        meaning="Of a block's later MoE layers: how far what stands before it in the block moves its output, over the "
+        "output's size without that.",
+    ),
+    Measure(
+        field="rerouted",
+        least=0.1,
+        title="rerouted",
+        meaning="Of a block's later MoE layers: share of its choices that what stands before it in the block changes.",
     ),
 )
 CHANCE = "_shuffled"

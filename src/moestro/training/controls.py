@@ -42,7 +42,10 @@ def dense_first(recipe: Recipe) -> Recipe:
 
 
 def halved(recipe: Recipe) -> Recipe:
-    """Each dense feed-forward as two of half the width in series: what depth alone brings, without experts."""
+    """A dense feed-forward as two of half the width in series: what depth alone brings, without experts.
+
+    At the paper sizes every second block, where the recipes with experts have them.
+    """
     (spec, *others) = recipe.model.block
     if others or not isinstance(spec, Dense):
         raise Misuse(f"halved needs blocks of one dense sub-layer, and {recipe.name} has other ones")
