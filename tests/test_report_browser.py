@@ -135,6 +135,8 @@ def test_recipe_and_seed_change_the_heat_maps(plain):
         seen.append(plain.evaluate(loads))
         assert plain.locator("[data-run]:visible").get_attribute("data-run") == run
         assert plain.locator("#domains .plot").count() == 4
+        widths = "all => all.map(plot => [plot.querySelector('svg').getBoundingClientRect().width, plot.clientWidth])"
+        assert all(drawn <= box for drawn, box in plain.locator("#domains .plot").evaluate_all(widths))
         assert plain.locator("#pairs .plot:visible").count() == (2 if recipe == "fine-grained" else 0)
         assert plain.locator("[data-run]:visible").get_by_text("rerouted").count() == (recipe == "fine-grained")
     assert seen[0] != seen[1] != seen[2]

@@ -27,14 +27,15 @@
   const heatMaps = (place, maps) => {
     for (const plot of place.querySelectorAll(".plot")) forget(plot);
     place.replaceChildren();
-    for (const { title, figure } of maps) {
+    const boxes = maps.map(({ title }) => {
       const box = document.createElement("figure");
       box.append(document.createElement("figcaption"), document.createElement("div"));
       box.firstChild.textContent = title;
       box.lastChild.className = "plot";
-      place.append(box);
-      draw(box.lastChild, figure);
-    }
+      return box;
+    });
+    place.append(...boxes); // all, before any is drawn as wide as what it finds
+    boxes.forEach((box, index) => draw(box.lastChild, maps[index].figure));
   };
   const showRun = () => {
     const key = `${recipe.value}/${seed.value}`;
