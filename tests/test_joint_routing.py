@@ -116,6 +116,16 @@ def test_only_layers_of_one_block_are_paired():
     assert histogram.sum() == pytest.approx(1)
 
 
+def test_passes_in_training_keep_no_routing_alive():
+    model = small_model(feed_forward=[[MOE, MOE]], num_hidden_layers=1).train()
+    meter = RoutingMeter(training=True)
+    with meter.attach(model):
+        model(some_ids())
+    assert meter.figures()
+    assert meter.joint_figures() == {}
+    assert meter._before is None
+
+
 def test_a_tied_choice_tells_everything():
     shape = {"feed_forward": [[MOE, MOE]], "num_hidden_layers": 1}
     tied = joint(small_model(**shape, composition="tied"), some_ids(4, 32))["model.layers.0.feed_forward.1"]
@@ -177,4 +187,7 @@ def test_looking_leaves_nothing_behind_and_changes_nothing():
     with meter.attach(model):
         assert torch.equal(model(ids).logits, before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in block(model, 0).modules())
-    assert ComposedMeter().finds_nothing
+    assert not meter.finds_nothing
+    alone = ComposedMeter()
+    with alone.attach(small_model(feed_forward=[[MOE]], num_hidden_layers=1)):
+        assert alone.finds_nothing

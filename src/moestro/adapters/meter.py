@@ -36,7 +36,7 @@ class RoutingMeter:
         self.sums: dict[str, RoutingSums] = {}
         """On each layer's device; empty where nothing was counted."""
         self.joint: dict[str, JointSums] = {}
-        """Of each layer with the one before it in its block, where there is one."""
+        """Of each layer with the one before it in its block, where there is one; nothing of passes in training."""
         self._layers: dict[str, MoELayer] = {}
         self._before: tuple[MoELayer, Routing] | None = None
         self._counting = False
@@ -60,11 +60,17 @@ class RoutingMeter:
         layer = record.layer
         sums = routing_sums(record, self.num_domains, sample_of(record) if self.detailed else None)
         self.sums[layer.name] = self.sums[layer.name] + sums if layer.name in self.sums else sums
-        if self._before is not None and self._before[0].block == layer.block:
-            earlier, routing = self._before
-            joint = joint_sums(routing, record.routing, record.batch, (earlier.num_experts, layer.num_experts))
-            self.joint[layer.name] = self.joint[layer.name] + joint if layer.name in self.joint else joint
+        if not self.training:  # there it would cost every step, and keep a routing with its graph alive
+            self._count_pairs(record)
+
+    def _count_pairs(self, record: LayerRecord) -> None:
+        layer, before = record.layer, self._before
         self._before = layer, record.routing
+        if before is None or before[0].block != layer.block:
+            return
+        earlier, routing = before
+        sums = joint_sums(routing, record.routing, record.batch, (earlier.num_experts, layer.num_experts))
+        self.joint[layer.name] = self.joint[layer.name] + sums if layer.name in self.joint else sums
 
     def figures(self) -> dict[str, RoutingFigures]:
         """Figures of each layer that saw a token, over all ranks (call it on all of them). Changes nothing."""
