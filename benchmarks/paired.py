@@ -12,6 +12,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+import transformers
 
 
 def rounds(
@@ -57,6 +58,13 @@ def table(what: str, times: Mapping[str, list[float]], base: str, peak_gib: Call
         memory = f"{peak_gib(arm):.2f}" if peak_gib else ""
         lines.append(f"| {arm} | {statistics.median(taken):.0f} | {middle:.3f} | {low:.3f} to {high:.3f} | {memory} |")
     return "\n".join(lines)
+
+
+def report(what: str, sizes: Any, times: Mapping[str, list[float]], base: str, steps: Callable[[str], object]) -> None:
+    """Print machine, versions, sizes and the table, with peak memory of `steps(arm)` where `sizes.memory` is set."""
+    where = machine(sizes.device)
+    print(f"{where}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
+    print(table(what, times, base, (lambda arm: peak_gib(sizes, arm, steps)) if sizes.memory else None))
 
 
 def peak_gib(sizes: Any, arm: str, steps: Callable[[str], object]) -> float:

@@ -11,9 +11,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
-import transformers
 import tyro
-from paired import machine, milliseconds, peak_gib, resident_gib, rounds, table
+from paired import milliseconds, report, resident_gib, rounds
 
 from moestro import AuxLosses, MoestroForCausalLM
 from moestro.models import PADDED_MM
@@ -97,9 +96,7 @@ def main(sizes: Sizes) -> None:
         sizes.recipes, lambda name, i: arms[name].step(batch(sizes, i)), number=sizes.rounds, warm_up=sizes.warm_up
     )
     arms.clear()
-    print(f"{machine(sizes.device)}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
-    peak = (lambda name: peak_gib(sizes, name, lambda arm: three_steps(arm, sizes))) if sizes.memory else None
-    print(table("recipe", times, sizes.recipes[0], peak))
+    report("recipe", sizes, times, sizes.recipes[0], lambda arm: three_steps(arm, sizes))
 
 
 if __name__ == "__main__":

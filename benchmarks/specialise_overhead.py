@@ -13,9 +13,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import transformers
 import tyro
-from paired import machine, milliseconds, peak_gib, resident_gib, rounds, table
+from paired import milliseconds, report, resident_gib, rounds
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moestro import AuxLosses
@@ -120,9 +119,7 @@ def main(sizes: Sizes) -> None:
     times = rounds(
         list(ARMS), lambda arm, i: bench.step(arm, bench.batch(i)), number=sizes.rounds, warm_up=sizes.warm_up
     )
-    print(f"{machine(sizes.device)}; torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
-    peak = (lambda arm: peak_gib(sizes, arm, lambda arm: three_steps(arm, sizes))) if sizes.memory else None
-    print(table("losses", times, BASE, peak))
+    report("losses", sizes, times, BASE, lambda arm: three_steps(arm, sizes))
 
 
 if __name__ == "__main__":

@@ -194,6 +194,8 @@ BAD = [
     (["train", "smoe:top_k"], "an override must read field=value, got 'top_k'"),
     (["train", "smoe", "--size", "tniy"], "unknown size 'tniy' (did you mean 'tiny'?)"),
     (["train", "smoe", "--tokens", "100"], "tokens must be at least batch_tokens (2048), got 100"),
+    (["train", "smoe", "--max-bytes", "0"], "max_bytes must be at least 1, got 0"),
+    (["train", "smoe", "--max-held-out-bytes", "0"], "max_held_out_bytes must be at least 1, got 0"),
     (["train", "smoe", "--batch-tokens", "300"], "batch_tokens must be a multiple of sequence_length (256), got 300"),
     (["train", "smoe", "--data", "nowhere/at/all.txt"], "nowhere/at/all.txt"),
     (["compare", "smoe", "smoe"], "every recipe must be named once, got 'smoe' 2 times"),

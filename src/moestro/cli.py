@@ -56,13 +56,14 @@ class DataFlags:
     def prepare(self, recipe: Recipe) -> PreparedData:
         """The data for one recipe."""
         t = recipe.training
+        train, held_out = (None, MAX_HELD_OUT_BYTES) if self.data else (DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES)
         return prepare(
             self.data,
             tokenizer=self.tokenizer or recipe.model.vocab_size,
             sequence_length=t.sequence_length,
             text_column=self.text_column,
-            max_bytes=self.max_bytes or (None if self.data else DEFAULT_MAX_BYTES),
-            max_held_out_bytes=self.max_held_out_bytes or (MAX_HELD_OUT_BYTES if self.data else DEFAULT_HELD_OUT_BYTES),
+            max_bytes=train if self.max_bytes is None else self.max_bytes,
+            max_held_out_bytes=held_out if self.max_held_out_bytes is None else self.max_held_out_bytes,
             block_diagonal=t.block_diagonal,
         )
 

@@ -73,6 +73,9 @@ class MoE:
 
 SubLayer = Dense | MoE
 
+EQUAL_WITHIN_A_BLOCK = {"tied": ("num_experts", "top_k", "router"), "shared-pool": ("num_experts", "width", "router")}
+"""What a composition needs a block's MoE sub-layers to agree in."""
+
 Composition = Literal["serial", "parallel", "tied", "shared-pool"]
 """How the feed-forward sub-layers of a block are composed (CartesianMoE, arXiv:2410.16077, and its controls):
 
@@ -178,18 +181,11 @@ class MoestroConfig(PreTrainedConfig):
         """Raise Misuse unless the sub-layers of each block can be composed as asked."""
         if self.composition not in get_args(Composition):
             raise Misuse(f"composition must be one of {', '.join(get_args(Composition))}, got {self.composition!r}")
-        if self.composition not in ("tied", "shared-pool"):
-            return
+        equal = EQUAL_WITHIN_A_BLOCK.get(self.composition, ())
         for index, block in enumerate(self.sub_layers):
-            alike = {
-                (spec.num_experts, spec.router, spec.top_k if self.composition == "tied" else spec.width)
-                for spec in block
-                if isinstance(spec, MoE)
-            }
-            if len(alike) > 1:
-                same = (
-                    "num_experts, top_k and router" if self.composition == "tied" else "num_experts, width and router"
-                )
+            kinds = {tuple(getattr(spec, name) for name in equal) for spec in block if isinstance(spec, MoE)}
+            if len(kinds) > 1:
+                same = f"{', '.join(equal[:-1])} and {equal[-1]}"
                 raise Misuse(
                     f"composition = {self.composition} needs MoE sub-layers of equal {same}, not so in block {index}"
                 )
