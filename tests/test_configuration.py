@@ -70,15 +70,16 @@ def test_sub_layers_that_cannot_work_are_refused(changes, message, unchecked):
         *(
             (
                 {"composition": "tied", "feed_forward": [[MOE], [MOE, Dense(width=8), replace(MOE, **other)]]},
-                "composition = tied needs MoE sub-layers of equal num_experts, top_k and router, not so in block 1",
+                "composition = tied needs the MoE sub-layers of a block to agree in num_experts, top_k, router, and "
+                "block 1's do not",
             )
             for other in ({"num_experts": 8}, {"top_k": 1}, {"router": RouterRule(scores="sigmoid")})
         ),
         *(
             (
                 {"composition": "shared-pool", "feed_forward": [[MOE, replace(MOE, **other)], [MOE]]},
-                "composition = shared-pool needs MoE sub-layers of equal num_experts, width and router, "
-                "not so in block 0",
+                "composition = shared-pool needs the MoE sub-layers of a block to agree in num_experts, width, router, "
+                "and block 0's do not",
             )
             for other in ({"num_experts": 8}, {"width": 8}, {"router": RouterRule(renormalise=False)})
         ),

@@ -185,9 +185,9 @@ class MoestroConfig(PreTrainedConfig):
         for index, block in enumerate(self.sub_layers):
             kinds = {tuple(getattr(spec, name) for name in equal) for spec in block if isinstance(spec, MoE)}
             if len(kinds) > 1:
-                same = f"{', '.join(equal[:-1])} and {equal[-1]}"
                 raise Misuse(
-                    f"composition = {self.composition} needs MoE sub-layers of equal {same}, not so in block {index}"
+                    f"composition = {self.composition} needs the MoE sub-layers of a block to agree in "
+                    f"{', '.join(equal)}, and block {index}'s do not"
                 )
 
     def settle_attention(self) -> None:

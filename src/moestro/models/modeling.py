@@ -1,8 +1,7 @@
 """`MoestroForCausalLM`: a decoder native to transformers, whose blocks list their feed-forward sub-layers.
 
-Attention, norms and rotary embedding are transformers' own; experts follow its `@use_experts_implementation`
-interface (see `moestro.models.layers`), so every registered experts backend, PEFT, expert-parallel plans and
-generation work unchanged.
+Attention and rotary embedding are transformers' own; experts follow its `@use_experts_implementation` interface (see
+`moestro.models.layers`), so every registered experts backend, PEFT, expert-parallel plans and generation work unchanged.
 """
 
 import math
@@ -17,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.models.mixtral.modeling_mixtral import MixtralAttention
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRMSNorm, Qwen3MoeRotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, Qwen3MoeRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -25,6 +24,7 @@ from moestro.errors import Misuse
 from moestro.models.chunked_cross_entropy import chunked_cross_entropy
 from moestro.models.configuration import MoE, MoestroConfig
 from moestro.models.layers import Experts, Router, SparseMoE, build_sub_layer, writes_to_the_stream
+from moestro.models.norm import RMSNorm
 
 
 class MoestroDecoderLayer(GradientCheckpointingLayer):
@@ -34,12 +34,13 @@ class MoestroDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         attention = Qwen3MoeAttention if config.qk_norm else MixtralAttention
         self.self_attn = attention(config, layer_idx)  # type: ignore[arg-type]  # it reads the fields that we share
+        if config.qk_norm:
+            self.self_attn.q_norm = RMSNorm(self.self_attn.head_dim, eps=config.rms_norm_eps)
+            self.self_attn.k_norm = RMSNorm(self.self_attn.head_dim, eps=config.rms_norm_eps)
         writes_to_the_stream(self.self_attn.o_proj)
-        self.input_layernorm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         specs = config.sub_layers[layer_idx]
-        self.feed_forward_norm = nn.ModuleList(
-            Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in specs
-        )
+        self.feed_forward_norm = nn.ModuleList(RMSNorm(config.hidden_size, eps=config.rms_norm_eps) for _ in specs)
         self.feed_forward = nn.ModuleList(build_sub_layer(config, spec) for spec in specs)
         self.composition = config.composition
 
@@ -132,7 +133,7 @@ class MoestroModel(MoestroPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(MoestroDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = Qwen3MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3MoeRotaryEmbedding(config)  # type: ignore[arg-type]
         self.gradient_checkpointing = False
         self._tied_weights_keys = weights_tied_by_composition(config)
