@@ -8,7 +8,7 @@ backward, AdamW, zero_grad, as `moestro train` does it (chunked cross-entropy; o
 """
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import tyro
@@ -55,7 +55,7 @@ class Arm:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
-        self.aux = AuxLosses(**asdict(chosen.losses)) if self.model.config.has_experts else AuxLosses()
+        self.aux = chosen.aux_losses() if self.model.config.has_experts else AuxLosses()
 
     def step(self, tokens: torch.Tensor) -> float:
         """Milliseconds; hooks are attached before and detached after the clock."""

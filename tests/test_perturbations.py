@@ -46,7 +46,12 @@ def proposal(
 
     batch = batch or batch_of(torch.randint(0, 50, (3, TOKENS // 3)))
     routing = replace(select(), **changed)
-    given = Proposal(layer=at or layer(), batch=batch, hidden=torch.zeros(TOKENS, 1), routing=routing, select=select)
+
+    def run(hidden: Tensor, expert: Tensor) -> Tensor:
+        raise AssertionError("perturbations run no experts")
+
+    hidden = torch.zeros(TOKENS, 1)
+    given = Proposal(layer=at or layer(), batch=batch, hidden=hidden, routing=routing, select=select, run=run)
     return given, logits, bias
 
 

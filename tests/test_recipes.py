@@ -11,7 +11,8 @@ from moestro.training.recipes import recipe
 
 def test_a_recipe_can_ask_for_every_loss():
     settable = {f.name for f in fields(AuxLosses) if f.init}
-    assert {f.name for f in fields(Losses)} == settable - {"mask_prompt"}  # pretraining has no prompts
+    # Pretraining has no prompts, and competition is a part of the recipe by itself.
+    assert {f.name for f in fields(Losses)} == settable - {"mask_prompt", "compete"}
 
 
 @pytest.mark.parametrize("field", ["orthogonality", "variance", "warmup_steps", "variance_cap"])

@@ -7,6 +7,7 @@ from moestro.adapters import freeze as freeze
 from moestro.adapters import observe as observe
 from moestro.adapters import parameter_groups as parameter_groups
 from moestro.adapters import reroute as reroute
+from moestro.competition import Compete as Compete
 from moestro.errors import Misuse as Misuse
 from moestro.errors import TrainingFailed as TrainingFailed
 from moestro.models import Dense as Dense

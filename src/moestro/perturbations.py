@@ -5,7 +5,6 @@ the seed, the layer's name, the tokens of the whole sequence and the place in it
 routed alike in every batch, on every rank and however it is padded.
 """
 
-import hashlib
 from dataclasses import replace
 
 import torch
@@ -13,10 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moestro.errors import Misuse
-from moestro.routing import Batch, Proposal, Reroute, Routing
-
-HASH_FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
-"""Of splitmix64's last step, as signed numbers."""
+from moestro.randomness import content, hashed, number_of
+from moestro.routing import Proposal, Reroute, Routing
 
 
 def disable(count: int = 1) -> Reroute:
@@ -105,32 +102,6 @@ def random_bits(proposal: Proposal, seed: int) -> Int[Tensor, "tokens experts"]:
     layer, batch = proposal.layer, proposal.batch
     if batch.input_ids is None:
         raise Misuse(f"random choices depend on the tokens: the model must be called with input_ids ({layer.name})")
-    digest = hashlib.blake2b(f"{seed} {layer.name}".encode(), digest_size=8).digest()
-    key = content(batch) + int.from_bytes(digest, "little", signed=True)
+    key = content(batch) + number_of(f"{seed} {layer.name}")
     expert = torch.arange(layer.num_experts, device=key.device)
     return hashed(hashed(key)[:, None] + expert) & (2**62 - 1)
-
-
-def content(batch: Batch) -> Int[Tensor, " tokens"]:
-    """A number for each token that stands for all tokens of its sequence and its place among them."""
-    assert batch.input_ids is not None
-    valid = torch.ones_like(batch.sequence) if batch.valid is None else batch.valid.long()
-    before = valid.cumsum(0) - valid
-    start = torch.full((batch.num_sequences,), len(valid), device=valid.device)
-    place = before - start.scatter_reduce(0, batch.sequence, before, "amin")[batch.sequence]
-    own = hashed(hashed(batch.input_ids.long()) + place) * valid
-    whole = torch.zeros_like(start).index_add_(0, batch.sequence, own)
-    return hashed(whole)[batch.sequence] + place
-
-
-def hashed(key: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """64 well mixed bits of each number (splitmix64), in integers that wrap around."""
-    key = key - 0x61C8864680B583EB
-    for shift, factor in zip((30, 27), HASH_FACTORS, strict=True):
-        key = (key ^ shifted(key, shift)) * factor
-    return key ^ shifted(key, 31)
-
-
-def shifted(key: Int[Tensor, "*shape"], by: int) -> Int[Tensor, "*shape"]:
-    """The bits moved down, zeros above them."""
-    return (key >> by) & (2 ** (64 - by) - 1)

@@ -87,10 +87,20 @@ class MoELayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Competition:
-    """Which tokens competed, and how strongly every expert responded to them."""
+    """The tokens that competed in one layer, and who won. Everything is detached: it is what a router is taught.
+
+    The number of rows is fixed by the batch's shape; rows that are not `filled` are to be ignored.
+    """
 
     token: Int[Tensor, " competing"]
+    filled: Bool[Tensor, " competing"]
     response: Float[Tensor, "competing experts"]
+    """How strongly every expert responded, as measured."""
+    target: Float[Tensor, "competing experts"] | None
+    """Which experts the router should prefer; rows sum to 1. None while the scale of the responses is not known: then
+    nobody wins, and nothing is taught."""
+    winner: Int[Tensor, "competing k"] | None
+    """The experts of strongest response, the strongest first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +138,8 @@ class Proposal:
     """`select(banned=None, noise=None)`: the router's own rule once more, where `banned["tokens experts"]` cannot be
     chosen and `noise["tokens experts"]` is added to the logits, in units of their standard deviation over the token's
     experts. The weights are whatever the rule makes of the new choice."""
+    run: Callable[[Float[Tensor, "some dim"], Int[Tensor, "some k"]], Float[Tensor, "some k out"]]
+    """`run(hidden, expert)`: the outputs of any of the layer's experts on any tokens, not weighted."""
 
 
 Reroute = Callable[[Proposal], Routing]

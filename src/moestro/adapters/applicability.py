@@ -9,14 +9,24 @@ from moestro.errors import Misuse
 from moestro.routing import MoELayer
 
 OF_OUTPUTS = frozenset({"orthogonality"})
-OF_SCORES = frozenset({"balance", "variance", "router_z"})
+OF_SCORES = frozenset({"balance", "variance", "router_z", "distillation"})
+OF_COMPETITION = frozenset({"distillation", "diversity"})
 OF_WEIGHTS = frozenset({"router_orthogonality", "simbal"})
-LOSSES = ("balance", "orthogonality", "variance", "router_z", "router_orthogonality", "simbal")
+LOSSES = (
+    "balance",
+    "orthogonality",
+    "variance",
+    "router_z",
+    "router_orthogonality",
+    "simbal",
+    "distillation",
+    "diversity",
+)
 
 
 def obstacle(layer: MoELayer, loss: str) -> str | None:
     """Why `loss` is without effect at `layer`, in words that follow its name; None where it has one."""
-    if loss in ("orthogonality", "variance") and layer.top_k == 1:
+    if loss in ("orthogonality", "variance", "diversity") and layer.top_k == 1:
         return "needs two experts per token at least, and top_k is 1"
     if loss in OF_SCORES and layer.scores is None:
         return "needs a router that learns its choice, and this one looks it up"

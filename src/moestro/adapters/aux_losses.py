@@ -19,14 +19,16 @@ from transformers import Trainer
 
 from moestro.adapters.applicability import LOSSES, applicable, lora_target, trainable
 from moestro.adapters.batch import TrainerBatch, share_of_sequences
+from moestro.adapters.compete import Competitor
 from moestro.adapters.layer_losses import LayerLosses
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.native import native_balance_off
 from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
+from moestro.competition import Compete
 from moestro.errors import Misuse, TrainingFailed
-from moestro.losses import OrthogonalityForm, VarianceForm
+from moestro.losses import DistillationForm, DiversityForm, OrthogonalityForm, VarianceForm
 from moestro.routing import MoELayer
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,16 @@ class AuxLosses:
     router_z: float = 0.0
     router_orthogonality: float = 0.0
     simbal: float = 0.0
+    distillation: float = 0.0
+    """How much the router learns from competition."""
+    distillation_form: DistillationForm = "kl"
+    distillation_winners: float = 0.0
+    """mse and relative-mse: extra weight on the winners."""
+    diversity: float = 0.0
+    """How much the winners of a token shall differ."""
+    diversity_form: DiversityForm = "pairs"
+    compete: Compete | None = None
+    """When, where and how experts compete while the model trains; None: never."""
     bias_rate: float = 0.0
     """Loss-free balance: how far selection biases move per optimiser step; 0 leaves them."""
     scaling: Literal["weight", "relative"] = "weight"
@@ -83,7 +95,7 @@ class AuxLosses:
     _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in (*LOSSES, "bias_rate", "warmup_steps"):
+        for name in (*LOSSES, "distillation_winners", "bias_rate", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise Misuse(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name, choice in (
@@ -91,12 +103,18 @@ class AuxLosses:
             ("variance_over", Over),
             ("orthogonality_form", OrthogonalityForm),
             ("variance_form", VarianceForm),
+            ("distillation_form", DistillationForm),
+            ("diversity_form", DiversityForm),
             ("scaling", Literal["weight", "relative"]),
         ):
             if getattr(self, name) not in get_args(choice):
                 raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
         if self.variance_cap is not None and not self.variance_cap > 0:
             raise Misuse(f"variance_cap must be above 0, got {self.variance_cap}")
+        if self.compete is None and (self.distillation or self.diversity):
+            raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
+        if self.diversity and self.compete is not None and not self.compete.forward:
+            raise Misuse("diversity looks at winners that run: set forward, or diversity to 0")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -139,6 +157,11 @@ class AuxLosses:
         self._refuse_what_cannot_work(model, handles)
         self._blocks = len({layer.block for layer in handles})
         self._layers = [LayerLosses(self, layer) for layer in handles]
+        if self.compete is not None:
+            for index, state in enumerate(self._layers):
+                state.competitor = Competitor(
+                    self.compete, state.layer, index, len(handles), diverse=self.diversity > 0
+                )
         if self._restored:
             self.load_state_dict(self._restored)
         by_name = {state.layer.name: state for state in self._layers}
@@ -154,6 +177,9 @@ class AuxLosses:
             if self.balance:
                 stack.enter_context(native_balance_off(model))
             watching = stack.enter_context(watch(model, listener, handles))
+            for tap in watching.taps:
+                tap.competitor = by_name[tap.layer.name].competitor
+                stack.callback(setattr, tap, "competitor", None)
             for state in self._layers:
                 state.watch = watching
             self._watch, self._trainer = watching, trainer

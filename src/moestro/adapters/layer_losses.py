@@ -8,12 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moestro.adapters.applicability import LOSSES, OF_WEIGHTS, obstacle
+from moestro.adapters.applicability import LOSSES, OF_COMPETITION, OF_WEIGHTS, obstacle
+from moestro.adapters.compete import Competitor
 from moestro.balance import next_bias
 from moestro.losses import (
     PerSequence,
     balance_against,
     balance_per_sequence,
+    distillation,
+    diversity,
     load_share,
     mean_scores,
     orthogonality,
@@ -48,6 +51,8 @@ class LayerLosses:
         """Sum of the slot scores per expert since the last optimiser step, and the number of tokens at the end."""
         self.sizes: Tensor | None = None
         """Sum of each loss since the last optimiser step, in the order of `names`; kept until `scales` is known."""
+        self.competitor: Competitor | None = None
+        """Set while experts compete."""
         self.lagged_load: Tensor | None = None
         self.lagged_mean: Tensor | None = None
         self.scales: Tensor | None = None
@@ -60,6 +65,8 @@ class LayerLosses:
         assert current is not None
         if not current.training or current.share is None:
             return
+        if self.competitor is not None and record.competition is not None and not record.recomputed:
+            self.competitor.count(record.competition)
         if self.aux.mask_prompt and record.batch.label is not None:
             record = with_labels_only(record)
         # In a recomputation the losses are computed again, because autograd looks for what the first run saved.
@@ -72,6 +79,8 @@ class LayerLosses:
 
     def weigh(self, name: str, record: LayerRecord, share: Tensor) -> Tensor:
         """One loss as a scalar: over sequences by their share of the whole batch, over weights by this pass's share."""
+        if name in OF_COMPETITION and record.competition is None:
+            return share.new_zeros(())
         value = self.functions()[name](record)
         if name in OF_WEIGHTS:
             return value * share.sum()  # type: ignore[operator]
@@ -85,6 +94,10 @@ class LayerLosses:
             "balance": self.balance,
             "orthogonality": lambda record: orthogonality(record, self.aux.orthogonality_form),
             "variance": self.variance,
+            "distillation": lambda record: distillation(
+                record, self.aux.distillation_form, self.aux.distillation_winners
+            ),
+            "diversity": lambda record: diversity(record, self.aux.diversity_form),
             "router_z": router_z,
             "router_orthogonality": lambda record: router_orthogonality(self.router_weight()),
             "simbal": lambda record: simbal(self.router_weight()),
@@ -134,13 +147,15 @@ class LayerLosses:
 
     def scale(self, index: int) -> Tensor | float:
         """The factor on the loss of this index."""
-        if self.aux.scaling == "weight" or self.names[index] == "balance":
+        if self.aux.scaling == "weight" or self.names[index] in {"balance", *OF_COMPETITION}:
             return 1.0
         return 0.0 if self.scales is None else self.scales[index]
 
     @torch.no_grad()
     def step(self) -> None:
         """The optimiser has stepped: this step's statistics become the previous one's, and the selection bias moves."""
+        if self.competitor is not None:
+            self.competitor.step(self.aux.steps + 1)
         if self.load is None:
             return
         load, self.load = over_ranks(self.load), None
@@ -156,21 +171,29 @@ class LayerLosses:
             sizes, self.sizes = over_ranks(self.sizes).abs(), None
             self.scales = torch.where(sizes[:-1] > 0, sizes[-1] / sizes[:-1].clamp_min(1e-30), 0.0)
 
-    def state(self) -> dict[str, list[float]]:
-        """What a resumed run needs, as plain numbers (fp32 survives JSON exactly)."""
+    def state(self) -> dict[str, list]:
+        """What a resumed run needs, as plain numbers (floats survive JSON exactly)."""
         kept = {"load": self.lagged_load, "mean": self.lagged_mean, "scales": self.scales}
+        if self.competitor is not None:
+            kept["responses"] = self.competitor.seen
         return {name: value.tolist() for name, value in kept.items() if value is not None}
 
-    def load_state(self, state: dict[str, list[float]]) -> None:
+    def load_state(self, state: dict[str, list]) -> None:
         """Restore `state`."""
         device = next(self.layer.router.parameters()).device
+        if self.competitor is not None:
+            self.competitor.resume(state.get("responses"), self.aux.steps, device)
         kept = {name: torch.tensor(value, device=device) for name, value in state.items()}
         self.lagged_load, self.lagged_mean, self.scales = (kept.get(name) for name in ("load", "mean", "scales"))
 
 
 def with_labels_only(record: LayerRecord) -> LayerRecord:
     """The record with every token but those that predict a label treated as padding."""
-    return replace(record, batch=replace(record.batch, valid=record.batch.label))
+    label, competition = record.batch.label, record.competition
+    assert label is not None
+    if competition is not None:
+        competition = replace(competition, filled=competition.filled & label[competition.token])
+    return replace(record, batch=replace(record.batch, valid=label), competition=competition)
 
 
 def added(total: Tensor | None, value: Tensor) -> Tensor:

@@ -73,7 +73,10 @@ def rerouted(model: nn.Module, tap: Tap, rule: Reroute) -> Iterator[None]:
             selected.append(chooser.select(batch, proposed, routed, banned, noise))
             return selected[-1][0]
 
-        proposal = Proposal(layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select)
+        def run(hidden: Tensor, expert: Tensor) -> Tensor:
+            return tap.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype))
+
+        proposal = Proposal(layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select, run=run)
         routing = rule(proposal)
         for own, again in selected:
             if own is routing:

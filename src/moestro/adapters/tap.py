@@ -7,7 +7,7 @@ expert parallelism, where the original is the sender's side of the exchange.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from moestro.adapters.layers import routing_of
 from moestro.errors import Misuse
 from moestro.models.grouped_padded import PADDED_MM, unmixed
-from moestro.routing import Batch, LayerRecord, MoELayer, Routing
+from moestro.routing import Batch, Competition, LayerRecord, MoELayer, Routing
 
 if TYPE_CHECKING:
+    from moestro.adapters.compete import Competitor
     from moestro.adapters.watch import Watch
 
 TAP = "_moestro_tap"
@@ -45,6 +46,18 @@ class Pass:
         """Set by `AuxLosses`: each sequence's share of the whole batch."""
 
 
+@dataclass(frozen=True, slots=True)
+class Rerouted:
+    """What competition makes of a layer's routing while it trains."""
+
+    routing: Routing
+    competition: Competition
+    wants_outputs: bool = False
+    """Whether the record must hold the experts' outputs."""
+    weigh: Callable[[Float[Tensor, "tokens k dim"]], Float[Tensor, "tokens k"]] | None = None
+    """The weights, of those outputs, where gradient shall go through them."""
+
+
 class Tap:
     """What stands beside one experts module while it is watched."""
 
@@ -60,6 +73,8 @@ class Tap:
         self.consumers: list[Callable[[LayerRecord], None]] = []
         self.reroute: Callable[[Batch, Tensor, Any, Routing], Routing] | None = None
         """Gets batch, input of the experts, what the router returned and the routing in it; returns what is to run."""
+        self.competitor: "Competitor | None" = None
+        """What lets experts compete in training."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Tap":
         # A copy of a watched model is not watched, but runs its own experts.
@@ -121,6 +136,14 @@ class Tap:
             routing, expert=routing.expert.to(expert.dtype), weight=routing.weight.to(weight.dtype)
         )
 
+    def compete(
+        self, current: Pass, batch: Batch, hidden: Float[Tensor, "tokens dim"], proposed: Routing, *args: Any
+    ) -> Rerouted | None:
+        """What competition makes of the routing in training; None where nobody competes."""
+        if self.competitor is None or not current.training:
+            return None
+        return self.competitor.decide(self, batch, hidden, proposed, *args)
+
     def report(self, current: Pass, record: LayerRecord) -> None:
         """Hand this layer's record to whoever listens."""
         assert self.watch is not None
@@ -142,8 +165,13 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     batch = fitting(current.batch, hidden, of_inputs=tap.of_inputs)
     proposed, routing = tap.decide(batch, hidden, top_k_index, top_k_weights)
-    if current.wants_outputs:
+    competed = tap.compete(current, batch, hidden, proposed, *args)
+    if competed is not None:
+        routing = competed.routing
+    if current.wants_outputs or (competed is not None and competed.wants_outputs):
         outputs = tap.outputs(hidden, routing.expert, routing.weight, *args)
+        if competed is not None and competed.weigh is not None:
+            routing = replace(routing, weight=competed.weigh(outputs))
         mixed = (outputs * routing.weight.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype).view_as(hidden_states)
     else:
         mixed, outputs = tap.run(hidden_states, routing.expert, routing.weight, *args), None
@@ -154,6 +182,7 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
         proposed=proposed,
         routing=routing,
         outputs=outputs,
+        competition=None if competed is None else competed.competition,
         recomputed=not current.open,
     )
     tap.report(current, record)

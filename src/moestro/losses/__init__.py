@@ -9,6 +9,10 @@ from moestro.losses.balance import balance_against as balance_against
 from moestro.losses.balance import balance_per_sequence as balance_per_sequence
 from moestro.losses.balance import load_share as load_share
 from moestro.losses.balance import router_z as router_z
+from moestro.losses.competition import DistillationForm as DistillationForm
+from moestro.losses.competition import DiversityForm as DiversityForm
+from moestro.losses.competition import distillation as distillation
+from moestro.losses.competition import diversity as diversity
 from moestro.losses.inner_products import gram as gram
 from moestro.losses.outputs import OrthogonalityForm as OrthogonalityForm
 from moestro.losses.outputs import orthogonality as orthogonality

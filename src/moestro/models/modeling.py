@@ -1,7 +1,7 @@
 """`MoestroForCausalLM`: a decoder native to transformers, whose blocks list their feed-forward sub-layers.
 
 Attention and rotary embedding are transformers' own; experts follow its `@use_experts_implementation` interface (see
-`moestro.models.layers`), so every registered experts backend, PEFT, expert-parallel plans and generation work unchanged.
+`moestro.models.layers`), so all its experts backends, PEFT, expert-parallel plans and generation work unchanged.
 """
 
 import math

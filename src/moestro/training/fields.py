@@ -63,6 +63,8 @@ def parse(text: str, hint: Any, name: str) -> Any:
         if text.lower() == "none" and type(None) in get_args(hint):
             return None
         (hint,) = [kind for kind in get_args(hint) if kind is not type(None)]
+    if is_dataclass(hint):
+        raise Misuse(f"{name} is set by a variant, as in smoe+{name}, got {text!r}")
     if get_origin(hint) is Literal:
         if text not in get_args(hint):
             raise Misuse(f"{name} must be {' or '.join(map(str, get_args(hint)))}, got {text!r}")

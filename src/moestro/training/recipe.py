@@ -1,9 +1,10 @@
 """What a recipe is: a complete description of a training run but for data and seed, as a tree of plain values."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from moestro.adapters import AuxLosses
+from moestro.competition import Compete
 from moestro.errors import Misuse
 from moestro.models.configuration import Composition, Dense, MoE, MoestroConfig, SubLayer
 
@@ -27,6 +28,11 @@ class Model:
     qk_norm: bool = True
     tie_embeddings: bool = True
     depth_scaled_init: bool = True
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE sub-layers of all blocks."""
+        return sum(isinstance(spec, MoE) for spec in self.block) * (self.num_layers // self.every)
 
     def config(self, sequence_length: int, end_of_text: int | None = None) -> MoestroConfig:
         """The model's config; `end_of_text` is the id of the token that stands between documents."""
@@ -64,9 +70,30 @@ class Losses:
     router_z: float = 0.0
     router_orthogonality: float = 0.0
     simbal: float = 0.0
+    distillation: float = 0.0
+    distillation_form: Literal["kl", "mse", "relative-mse"] = "kl"
+    distillation_winners: float = 0.0
+    diversity: float = 0.0
+    diversity_form: Literal["pairs", "squares"] = "pairs"
     bias_rate: float = 0.0
     scaling: Literal["weight", "relative"] = "weight"
     warmup_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Competing(Compete):
+    """Competition for a part of a run, as `moestro.AuxLosses` takes it but for that part."""
+
+    response: str = "l2"
+    start: float = 0.0
+    end: float = 1.0
+    """Competition rests before the one and after the other share of the steps."""
+
+    def over(self, steps: int) -> Compete:
+        """The same in steps."""
+        chosen = {f.name: getattr(self, f.name) for f in fields(Compete)}
+        end = None if self.end == 1 else max(1, round(self.end * steps))
+        return Compete(**chosen | {"start_step": round(self.start * steps), "end_step": end})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +140,13 @@ class Recipe:
     description: str
     model: Model
     losses: Losses = field(default_factory=Losses)
+    compete: Competing | None = None
     training: Training
+
+    def aux_losses(self) -> AuxLosses:
+        """What is attached in training."""
+        rule = self.compete.over(self.training.steps) if self.compete else None
+        return AuxLosses(**asdict(self.losses), compete=rule)
 
     def validate(self) -> "Recipe":
         """Raise Misuse unless it can run."""
@@ -137,6 +170,11 @@ class Recipe:
             isinstance(spec, MoE) and spec.router.selection_bias for spec in self.model.block
         ):
             raise Misuse("bias_rate needs a router with a selection bias, and this recipe has none: set it to 0")
-        AuxLosses(**asdict(self.losses))  # it knows what its fields must be
+        if self.compete is not None and not 0 <= self.compete.start < self.compete.end <= 1:
+            raise Misuse(
+                f"start and end must be shares of a run, the one before the other, "
+                f"got {self.compete.start} and {self.compete.end}"
+            )
+        self.aux_losses()  # it knows what its fields must be
         self.model.config(t.sequence_length)
         return self

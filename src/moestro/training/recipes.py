@@ -12,6 +12,7 @@ from moestro.models.configuration import Dense, MoE, SubLayer
 from moestro.routers import RouterRule
 from moestro.training import controls
 from moestro.training.fields import nearest, override
+from moestro.training.methods import METHODS
 from moestro.training.recipe import Losses, Model, Recipe
 from moestro.training.sizes import SIZES
 
@@ -105,6 +106,7 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
     "halved": controls.halved,
     "averaged": controls.averaged,
     "deep": controls.deep,
+    **METHODS,
 }
 """Applied by `recipe+variant`."""
 

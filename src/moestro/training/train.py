@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ def build_trainer(
     options: Options,
 ) -> tuple[PretrainingTrainer, Interruption]:
     """The trainer with its losses, meters and callbacks, and what listens for Ctrl-C."""
-    aux, interruption = AuxLosses(**asdict(recipe.losses)), Interruption()
+    aux, interruption = recipe.aux_losses(), Interruption()
     trainer = PretrainingTrainer(
         model=model,
         args=training_arguments(recipe, folder, seed, options),

@@ -1,0 +1,167 @@
+"""Competition in one layer of a model while it trains: all experts answer some tokens, and the strongest win them.
+
+Answers are computed without graph: experts that lose cost their forward pass and no more. The winners then run with
+everybody else's tokens, in the one pass over the experts that there is anyway.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from moestro.adapters.tap import Rerouted, Tap
+from moestro.competition import (
+    Compete,
+    ResponseStatistics,
+    competes_in_step,
+    competing_tokens,
+    preferences,
+    responses,
+    shares,
+    strongest,
+    to_winners,
+    used_slots,
+)
+from moestro.competition.scaling import DECAY, response_sums, scaled, statistics_of
+from moestro.errors import Misuse
+from moestro.randomness import content, hashed, number_of
+from moestro.routing import Batch, Competition, MoELayer, Routing
+
+
+class Competitor:
+    """One layer's competition: who competes now, and what is known of its experts' responses.
+
+    It changes between optimiser steps alone (`step`), so that a recomputation, and any cut of a batch, sees the same.
+    """
+
+    def __init__(self, rule: Compete, layer: MoELayer, index: int, num_layers: int, *, diverse: bool = False) -> None:
+        self.rule, self.layer, self.index, self.num_layers = rule, layer, index, num_layers
+        self.wants_outputs = rule.through_weights or diverse
+        """Whether each chosen expert's own output is needed where experts compete."""
+        self.sums: Tensor | None = None
+        """Of the responses since the last optimiser step."""
+        self.seen: Tensor | None = None
+        """Of earlier steps, ever less of them."""
+        self.statistics: ResponseStatistics | None = None
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        """Be in optimiser step `step`, counted from 0."""
+        rule = self.rule
+        turn = (step, self.index, self.num_layers, rule.rate, rule.max_layers, rule.seed)
+        self.competes = not rule.rests(step) and (rule.by == "tokens" or competes_in_step(*turn))
+        # A tensor that is replaced: a compiled model would compile a number in anew at every step.
+        self.key = torch.tensor(number_of(f"compete {rule.seed} {self.layer.name} {step}"))
+
+    def step(self, step: int) -> None:
+        """Take in what was seen since the last optimiser step, over all ranks, and be in step `step`."""
+        if self.rule.scale != "none" and self.competed_somewhere():
+            assert self.sums is not None
+            self.seen = self.sums if self.seen is None else DECAY * self.seen + self.sums
+            self.statistics = statistics_of(self.seen)
+        self.sums = None
+        self.begin(step)
+
+    def competed_somewhere(self) -> bool:
+        """Add up the sums of all ranks; False where there are none."""
+        if self.sums is None or not dist.is_initialized():
+            return self.sums is not None
+        dist.all_reduce(self.sums)
+        return True
+
+    def count(self, competition: Competition) -> None:
+        """Add a record's responses to the statistics of the step."""
+        sums = response_sums(competition.response, competition.filled)
+        self.sums = sums if self.sums is None else self.sums + sums
+
+    def decide(
+        self, tap: Tap, batch: Batch, hidden: Float[Tensor, "tokens dim"], proposed: Routing, *args: Any
+    ) -> Rerouted | None:
+        """What shall run in the place of what the router proposed; None where nobody competes."""
+        if not self.competes:
+            return None
+        if tap.original is not None:
+            raise Misuse(
+                "competition needs all experts of a layer in one place: it does not run with expert parallelism"
+            )
+
+        def run(some: Tensor, expert: Tensor) -> Tensor:
+            return tap.outputs(some, expert, torch.ones_like(expert, dtype=some.dtype), *args)
+
+        rule = self.rule
+        token, filled, key = self.competing(batch)
+        response = responses(run, hidden.detach()[token], self.layer.num_experts, rule.respond)
+        contest = Competition(token=token, filled=filled, response=response, target=None, winner=None)
+        if rule.scale != "none" and self.statistics is None:
+            return Rerouted(proposed, contest)
+        strength = scaled(response, rule.scale, self.statistics)
+        winner = strongest(strength, proposed.expert.shape[1], self.breaking(key))
+        target = preferences(strength, winner, rule.target, rule.temperature)
+        contest = replace(contest, target=target, winner=winner)
+        return self.won(proposed, contest, winner, strength) if rule.forward else Rerouted(proposed, contest)
+
+    def competing(
+        self, batch: Batch
+    ) -> tuple[Int[Tensor, " competing"], Bool[Tensor, " competing"], Int[Tensor, " competing"]]:
+        """The competing tokens, which of the rows are filled, and a random number for each."""
+        if self.rule.by == "steps" or self.rule.rate == 1:
+            token = torch.arange(len(batch.sequence), device=batch.sequence.device)
+            filled = torch.ones_like(token, dtype=torch.bool) if batch.valid is None else batch.valid
+            if batch.input_ids is None:
+                return token, filled, token
+            return token, filled, content(batch) + self.key.to(token.device)
+        if batch.input_ids is None:
+            raise Misuse(
+                f"competing tokens are chosen by their content: the model must be called with input_ids "
+                f"({self.layer.name})"
+            )
+        key = content(batch) + self.key.to(batch.sequence.device)
+        token, filled = competing_tokens(batch, key, self.rule.rate)
+        return token, filled, key[token]
+
+    def breaking(self, key: Int[Tensor, " competing"]) -> Float[Tensor, "competing experts"] | None:
+        """What tells ties between experts apart."""
+        if not self.rule.tie_break:
+            return None
+        expert = torch.arange(self.layer.num_experts, device=key.device)
+        bits = hashed(hashed(hashed(key))[:, None] + expert) & (2**24 - 1)
+        return self.rule.tie_break * bits.float() / 2**24
+
+    def won(
+        self,
+        proposed: Routing,
+        contest: Competition,
+        winner: Int[Tensor, "competing k"],
+        strength: Float[Tensor, "competing experts"],
+    ) -> Rerouted:
+        """Competing tokens go to their winners."""
+        rule, token = self.rule, contest.token
+        used = used_slots(proposed, token, contest.filled)
+
+        def by(strength: Float[Tensor, "competing k"]) -> Routing:
+            scores = None if proposed.scores is None else proposed.scores[token].gather(-1, winner)
+            return to_winners(proposed, token, used, winner, shares(strength, rule.weights, rule.temperature, scores))
+
+        def weigh(outputs: Float[Tensor, "tokens k dim"]) -> Float[Tensor, "tokens k"]:
+            response = rule.respond(outputs[token].float())
+            return by(scaled(response, rule.scale, self.statistics, winner)).weight
+
+        routing = by(strength.gather(-1, winner))
+        if not rule.balance:
+            routing = replace(routing, logits=kept_from(routing.logits, token), scores=kept_from(routing.scores, token))
+        return Rerouted(routing, contest, self.wants_outputs, weigh if rule.through_weights else None)
+
+    def resume(self, seen: list[list[float]] | None, step: int, device: torch.device) -> None:
+        """Go on in step `step` with what was `seen` when the run was saved."""
+        if seen is not None:
+            self.seen = torch.tensor(seen, dtype=torch.float64, device=device)
+            self.statistics = statistics_of(self.seen)
+        self.begin(step)
+
+
+def kept_from(value: Tensor | None, token: Int[Tensor, " competing"]) -> Tensor | None:
+    """The same without gradient at some tokens."""
+    return None if value is None else value.index_copy(0, token, value[token].detach())

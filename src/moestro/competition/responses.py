@@ -1,0 +1,67 @@
+"""How strongly an expert responds to a token: one number of its output."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Run = Callable[[Float[Tensor, "some dim"], Int[Tensor, "some k"]], Float[Tensor, "some k out"]]
+"""Runs any of a layer's experts on any tokens."""
+
+NUMBERS = 2**22
+"""Numbers of experts' outputs that are held at once."""
+
+Response = Callable[[Float[Tensor, "*rows dim"]], Float[Tensor, "*rows"]]
+
+
+def l2(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    """Length. Paper: Pham et al. 2024, arXiv:2402.02526 (CompeteSMoE v1)."""
+    return torch.linalg.vector_norm(output, dim=-1)
+
+
+def rms(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    """Root of the mean square: the length, whatever the width."""
+    return l2(output) / output.shape[-1] ** 0.5
+
+
+def softplus(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    """Mean softplus. Paper: Nguyen et al. 2025, arXiv:2505.13380 (CompeteSMoE v2).
+
+    For small outputs that is log 2 and half their mean: it hardly differs between experts, and not by their strength.
+    """
+    return F.softplus(output).mean(-1)
+
+
+def relu(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    """Mean of the positive part."""
+    return output.relu().mean(-1)
+
+
+def silu(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    """Mean SiLU; may be negative."""
+    return F.silu(output).mean(-1)
+
+
+def sigmoid(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
+    """Mean sigmoid."""
+    return output.sigmoid().mean(-1)
+
+
+RESPONSES: Mapping[str, Response] = MappingProxyType({f.__name__: f for f in (l2, rms, softplus, relu, silu, sigmoid)})
+POSITIVE = frozenset({"l2", "rms", "softplus", "relu", "sigmoid"})
+"""Those that are never negative, so that a winner's part of their sum is one."""
+
+
+@torch.no_grad()
+def responses(
+    run: Run, hidden: Float[Tensor, "competing dim"], num_experts: int, respond: Response
+) -> Float[Tensor, "competing experts"]:
+    """Every expert's response to some tokens, without graph, fp32, in parts of bounded memory."""
+    parts = []
+    for part in hidden.split(max(1, NUMBERS // (num_experts * hidden.shape[1]))):
+        everyone = torch.arange(num_experts, device=hidden.device).expand(len(part), num_experts)
+        parts.append(respond(run(part, everyone).float()))
+    return torch.cat(parts)

@@ -1,0 +1,73 @@
+"""What there is to choose about competition."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from moestro.competition.responses import POSITIVE, RESPONSES, Response
+from moestro.competition.scaling import Scale
+from moestro.competition.winners import Target, Weights
+from moestro.errors import Misuse
+
+By = Literal["tokens", "steps"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compete:
+    """When experts compete, how the winners are found and weighed, and what the router is to learn from it."""
+
+    response: Response | str = "l2"
+    """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.RESPONSES`), or a function of outputs."""
+    scale: Scale = "standard"
+    temperature: float = 1.0
+    """Of the target, and of the winners' softmax."""
+    target: Target = "experts"
+    forward: bool = True
+    """Competing tokens go to the winners; otherwise the router's choice stands, and is only taught."""
+    weights: Weights = "softmax"
+    through_weights: bool = False
+    """Experts get gradient through their shares too, which takes every chosen expert's output by itself."""
+    balance: bool = True
+    """Losses on the router's scores (balance, variance, z) reach the router from competing tokens too."""
+    by: By = "tokens"
+    """tokens: some of each sequence, in every layer and step. steps: all of them, in some layers and steps."""
+    rate: float = 1 / 32
+    """Share of the tokens that compete, or of the steps in which a layer does."""
+    max_layers: int | None = None
+    """By steps: at most so many layers compete in one."""
+    start_step: int = 0
+    end_step: int | None = None
+    """Competition rests before the one, and from the other on."""
+    tie_break: float = 1e-3
+    """A random number up to this is added to scaled responses where winners are chosen: experts that are copies of
+    each other, as after upcycling, win by chance."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.response, str) and self.response not in RESPONSES:
+            raise Misuse(f"response must be one of {', '.join(RESPONSES)}, got {self.response!r}")
+        for name, choice in (("scale", Scale), ("target", Target), ("weights", Weights), ("by", By)):
+            if getattr(self, name) not in get_args(choice):
+                raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
+        if not self.temperature > 0:
+            raise Misuse(f"temperature must be above 0, got {self.temperature}")
+        if not 0 < self.rate <= 1:
+            raise Misuse(f"rate must be above 0 and at most 1, got {self.rate}")
+        if self.max_layers is not None and (self.by == "tokens" or self.max_layers < 1):
+            raise Misuse(f'max_layers must be at least 1, and needs by="steps", got {self.max_layers}')
+        if not self.tie_break >= 0:
+            raise Misuse(f"tie_break must be 0 or more, got {self.tie_break}")
+        if self.end_step is not None and self.end_step <= self.start_step:
+            raise Misuse(f"end_step must lie after start_step ({self.start_step}), got {self.end_step}")
+        if self.weights == "share" and (self.scale == "standard" or self.response not in POSITIVE):
+            raise Misuse(f"weights = share needs one of the responses {', '.join(sorted(POSITIVE))}, not standardised")
+        if self.through_weights and (self.weights == "router" or not self.forward):
+            raise Misuse("through_weights needs forward, and weights that are made of responses")
+
+    @property
+    def respond(self) -> Response:
+        """The response as a function."""
+        return RESPONSES[self.response] if isinstance(self.response, str) else self.response
+
+    def rests(self, step: int) -> bool:
+        """Whether nobody competes in this step."""
+        return step < self.start_step or (self.end_step is not None and step >= self.end_step)

@@ -1,0 +1,64 @@
+"""The methods, as variants of any recipe with experts: `smoe+compete`, `cartesian+compete+specialise`."""
+
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+
+from moestro.competition import PRESETS, Compete
+from moestro.errors import Misuse
+from moestro.training.recipe import Competing, Losses, Recipe
+
+
+def specialise(recipe: Recipe) -> Recipe:
+    """Outputs of a token's experts orthogonal, routing decided: both losses at 0.1, orthogonality by cosines."""
+    need_experts(recipe, "specialise")
+    losses = replace(recipe.losses, orthogonality=0.1, orthogonality_form="cosine", variance=0.1)
+    return replace(recipe, losses=losses, description=f"{recipe.description}; specialised")
+
+
+def compete(recipe: Recipe) -> Recipe:
+    """Experts compete for some tokens of every sequence, and the router learns who won."""
+    return competing(recipe, "ours", "experts compete")
+
+
+def compete_v1_paper(recipe: Recipe) -> Recipe:
+    """Competition as CompeteSMoE's first version has it (arXiv:2402.02526)."""
+    return competing(recipe, "v1-paper", "experts compete as in CompeteSMoE v1")
+
+
+def compete_v2_paper(recipe: Recipe) -> Recipe:
+    """Competition as CompeteSMoE has it (arXiv:2505.13380)."""
+    return competing(recipe, "v2-paper", "experts compete as in CompeteSMoE v2")
+
+
+def compete_v2_code(recipe: Recipe) -> Recipe:
+    """Competition as CompeteSMoE's public code has it."""
+    return competing(recipe, "v2-code", "experts compete as in CompeteSMoE's code")
+
+
+def competing(recipe: Recipe, preset: str, what: str) -> Recipe:
+    """The recipe with competition by one of `moestro.competition.PRESETS`."""
+    need_experts(recipe, "compete")
+    settings = PRESETS[preset](recipe.model.num_moe_layers)
+    rule = settings.pop("compete")
+    chosen = {f.name: getattr(rule, f.name) for f in fields(Compete)}
+    return replace(
+        recipe,
+        losses=Losses(**asdict(recipe.losses) | settings),
+        compete=Competing(**chosen),
+        description=f"{recipe.description}; {what}",
+    )
+
+
+def need_experts(recipe: Recipe, method: str) -> None:
+    """Raise Misuse where there are none."""
+    if recipe.model.num_moe_layers == 0:
+        raise Misuse(f"{method} needs a recipe with experts, and {recipe.name} has none")
+
+
+METHODS: dict[str, Callable[[Recipe], Recipe]] = {
+    "specialise": specialise,
+    "compete": compete,
+    "compete-v1-paper": compete_v1_paper,
+    "compete-v2-paper": compete_v2_paper,
+    "compete-v2-code": compete_v2_code,
+}

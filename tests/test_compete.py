@@ -1,0 +1,267 @@
+"""Competition against plain loops: winners, weights, losses and every gradient, for presets and what lies between."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from competing import OneLayer, batch, observed, run
+from moestro import AuxLosses, Compete, Misuse, reference
+from moestro.competition import PRESETS
+
+RULES = st.sampled_from(
+    [{}, {"renormalise": False}, {"scores": "sigmoid", "scale": 2.5}, {"scores": "sigmoid", "selection_bias": True}]
+)
+
+
+def known(aux: AuxLosses, num_experts: int, name: str = "layer") -> dict[str, list[float]]:
+    """Give the layer statistics of responses, as if it had seen some: returns mean and deviation."""
+    generator = torch.Generator().manual_seed(7)
+    mean = 1 + torch.rand(num_experts, generator=generator, dtype=torch.float64)
+    std = 0.3 + torch.rand(num_experts, generator=generator, dtype=torch.float64)
+    sums = torch.stack([torch.ones_like(mean), mean, mean.square() + std.square()])
+    aux.load_state_dict({"steps": 3, "layers": {name: {"responses": sums.tolist()}}})
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def expected(
+    model: OneLayer, aux: AuxLosses, competes: list[bool], statistics: dict, rule: dict, **inputs: Any
+) -> dict[str, torch.Tensor]:
+    """Loss and gradients of the same pass in plain loops."""
+    assert aux.compete is not None
+    model.zero_grad()
+    settings = {f: getattr(aux.compete, f) for f in ("response", "temperature", "target", "weights", "forward")}
+    output, contests = reference.competing_layer(
+        model.embed(inputs["input_ids"]).flatten(0, 1),
+        model.layer.router.weight,
+        model.experts(),
+        competes,
+        response_scale=aux.compete.scale,
+        through_weights=aux.compete.through_weights,
+        top_k=model.layer.router.top_k,
+        **{name: value for name, value in rule.items() if name != "selection_bias"},
+        **settings,
+        **statistics,
+    )
+    rows, length = inputs["input_ids"].shape
+    weight = model.direction[:rows, :length] * inputs["attention_mask"].unsqueeze(-1)
+    loss = (output.view(rows, length, -1) * weight).sum()
+    for row in range(rows):
+        met = [contest for contest in contests[row * length : (row + 1) * length] if contest is not None]
+        taught = reference.distillation(met, aux.distillation_form, aux.distillation_winners)
+        loss = loss + (aux.distillation * taught + aux.diversity * reference.diversity(met, aux.diversity_form)) / rows
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **gradients}
+
+
+def assert_as_in_plain_loops(aux: AuxLosses, model: OneLayer, rule: dict, **inputs: torch.Tensor) -> None:
+    statistics = known(aux, model.layer.router.num_experts) if aux.compete.scale != "none" else {}
+    ours, (record,) = run(model, aux, **inputs)
+    competition = record.competition
+    competes = torch.zeros(inputs["input_ids"].numel(), dtype=torch.bool)
+    competes[competition.token[competition.filled]] = True
+    assert not (competes & (inputs["attention_mask"].flatten() == 0)).any()
+    truth = expected(model, aux, competes.tolist(), statistics, rule, **inputs)
+    assert ours.keys() == truth.keys()
+    for name, value in truth.items():
+        difference = (ours[name] - value).norm() / value.norm().clamp_min(1e-3)
+        assert difference < 1e-4, f"{name}: {difference:.1e}"
+
+
+SIZES = {
+    "rows": st.integers(1, 3),
+    "length": st.integers(1, 6),
+    "experts": st.integers(1, 5),
+    "seed": st.integers(0, 99),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@settings(deadline=None, max_examples=8)
+@given(**SIZES, k=st.integers(1, 3), rule=RULES, padded=st.booleans())
+def test_presets_are_what_plain_loops_make_of_them(name, rows, length, experts, k, rule, padded, seed):
+    model = OneLayer(experts, min(k, experts), seed, **rule).train()
+    aux = AuxLosses(**PRESETS[name](1))
+    aux.compete = replace(aux.compete, rate=1.0, max_layers=None, tie_break=0.0)
+    if min(k, experts) == 1:
+        aux.diversity = 0.0  # which is refused there
+    assert_as_in_plain_loops(aux, model, rule, **batch(rows, length, seed, padded))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    **SIZES,
+    response=st.sampled_from(["l2", "rms", "softplus", "relu", "silu", "sigmoid"]),
+    scale=st.sampled_from(["none", "mean", "standard"]),
+    target=st.sampled_from(["experts", "winners"]),
+    weights=st.sampled_from(["softmax", "share", "router"]),
+    through=st.booleans(),
+    forward=st.booleans(),
+    form=st.sampled_from(["kl", "mse", "relative-mse"]),
+    rate=st.sampled_from([0.2, 0.5, 1.0]),
+    rule=RULES,
+)
+def test_what_lies_between_the_presets(
+    rows, length, experts, seed, response, scale, target, weights, through, forward, form, rate, rule
+):
+    if weights == "share" and (scale == "standard" or response == "silu"):
+        weights = "softmax"
+    compete = Compete(
+        response=response,
+        scale=scale,
+        temperature=0.7,
+        target=target,
+        weights=weights,
+        through_weights=through and forward and weights != "router",
+        forward=forward,
+        rate=rate,
+        tie_break=0.0,
+    )
+    aux = AuxLosses(distillation=0.3, distillation_form=form, distillation_winners=0.5, compete=compete)
+    model = OneLayer(experts, min(2, experts), seed, **rule).train()
+    assert_as_in_plain_loops(aux, model, rule, **batch(rows, length, seed, padded=True))
+
+
+def one_competing(**options: Any) -> tuple[OneLayer, AuxLosses]:
+    """A layer in which every token competes, and nothing else is learned."""
+    compete = Compete(**({"scale": "none", "rate": 1.0, "tie_break": 0.0} | options))
+    return OneLayer().train(), AuxLosses(compete=compete)
+
+
+def test_the_task_does_not_reach_the_router_from_competing_tokens():
+    inputs = batch(2, 5)
+    model, aux = one_competing()
+    gradients, _ = run(model, aux, **inputs)
+    assert not gradients.get("layer.router.weight", torch.zeros(1)).any()
+    gradients, _ = run(*one_competing(weights="router"), **inputs)
+    assert gradients["layer.router.weight"].any()
+    gradients, _ = run(*one_competing(forward=False), **inputs)
+    assert gradients["layer.router.weight"].any()
+    gradients, _ = run(*one_competing(rate=0.5), **inputs)
+    assert gradients["layer.router.weight"].any()
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_balance_reaches_the_router_from_competing_tokens_where_asked(balance: bool):
+    model, aux = one_competing(balance=balance)
+    aux.balance = 1.0
+    gradients, _ = run(model, aux, **batch(2, 5))
+    assert bool(gradients.get("layer.router.weight", torch.zeros(1)).any()) == balance
+
+
+def test_nobody_competes_in_evaluation_without_gradients_or_before_and_after_its_time():
+    inputs = batch(2, 5)
+    for mode in (True, False):
+        model, aux = one_competing()
+        with aux.attach(model.train(mode)), torch.set_grad_enabled(not mode):
+            records = observed(model, inputs)
+        assert records[0].competition is None
+        assert torch.equal(records[0].routing.expert, records[0].proposed.expert)
+    model, aux = one_competing(start_step=1, end_step=2)
+    met = []
+    with aux.attach(model):
+        for _ in range(3):
+            met.append(observed(model, inputs)[0].competition is not None)
+            aux.step()
+    assert met == [False, True, False]
+
+
+def test_frozen_inputs_compete():
+    model, aux = one_competing()
+    model.embed.requires_grad_(False)
+    gradients, (record,) = run(model, aux, **batch(2, 5))
+    assert record.competition is not None
+    assert not record.hidden.requires_grad
+    assert gradients["layer.experts.down_proj"].any()
+
+
+def test_losers_build_no_graph_and_get_no_gradient():
+    model, aux = one_competing(through_weights=True)
+    gradients, (record,) = run(model, aux, **batch(1, 2))
+    won = torch.zeros(4, dtype=torch.bool)
+    won[record.competition.winner.flatten()] = True
+    assert not record.competition.response.requires_grad
+    touched = gradients["layer.experts.down_proj"].flatten(1).any(1)
+    assert torch.equal(touched, won)
+
+
+def test_where_responses_need_a_scale_the_first_step_only_looks():
+    model, aux = one_competing(scale="standard")
+    aux.distillation = 1.0
+    inputs = batch(2, 6)
+    with aux.attach(model):
+        first = observed(model, inputs)[0]
+        aux.step()
+        second = observed(model, inputs)[0]
+    assert first.competition.target is None
+    assert torch.equal(first.routing.expert, first.proposed.expert)
+    response = first.competition.response
+    z = (response - response.mean(0)) / response.std(0, correction=0)
+    torch.testing.assert_close(second.competition.target, z.softmax(-1), rtol=1e-3, atol=1e-4)
+
+
+def test_copies_of_one_expert_win_alike_by_chance():
+    """Freshly upcycled experts respond alike: the first k of them must not win everywhere."""
+    model, aux = one_competing(tie_break=1e-3)
+    with torch.no_grad():
+        for weight in model.layer.experts.parameters():
+            weight.copy_(weight[:1].clone().expand_as(weight))
+    _, (record,) = run(model, aux, **batch(8, 64))
+    wins = torch.bincount(record.competition.winner.flatten(), minlength=4) / record.competition.winner.numel()
+    assert wins.min() > 0.2
+    assert wins.max() < 0.3
+    target = record.competition.target
+    torch.testing.assert_close(target, torch.full_like(target, 0.25), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"forward": False}, {"by": "steps"}, {"through_weights": True}])
+def test_no_cut_of_the_batch_changes_gradients(options: dict):
+    """The second optimiser step, whose scale of responses is the first one's."""
+    inputs = batch(4, 12, padded=True)
+    aux = {"distillation": 0.5, "diversity": 0.0 if options.get("forward") is False else 0.3}
+    found = []
+    for rows in (4, 2, 1):
+        model = OneLayer().train()
+        losses = AuxLosses(**aux, compete=Compete(**({"rate": 0.4} | options)))
+        parts = [{name: value[i : i + rows] for name, value in inputs.items()} for i in range(0, 4, rows)]
+        offsets = range(0, 4, rows)
+        with losses.attach(model, add_to_loss=False):
+            for _ in range(2):
+                model.zero_grad()
+                for offset, part in zip(offsets, parts, strict=True):
+                    loss = model(**part, offset=offset).loss
+                    (loss + losses.total() * rows / 4).backward()  # each pass thinks that it is the whole batch
+                losses.step()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in other.items():
+            torch.testing.assert_close(value, found[0][name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"response": "loud"}, "response must be one of l2, rms, softplus, relu, silu, sigmoid, got 'loud'"),
+        ({"rate": 0.0}, "rate must be above 0 and at most 1, got 0.0"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"max_layers": 3}, 'max_layers must be at least 1, and needs by="steps", got 3'),
+        ({"weights": "share"}, "weights = share needs one of the responses"),
+        ({"end_step": 0}, "end_step must lie after start_step"),
+        ({"through_weights": True, "forward": False}, "through_weights needs forward"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(options, message):
+    with pytest.raises(Misuse, match=message):
+        Compete(**options)
+
+
+def test_losses_without_competition_are_refused():
+    with pytest.raises(Misuse, match="set compete"):
+        AuxLosses(distillation=0.1)
+    with pytest.raises(Misuse, match="set forward"):
+        AuxLosses(diversity=0.1, compete=Compete(forward=False))

@@ -1,0 +1,61 @@
+"""The methods as variants of recipes: what they ask for, where they are refused, and how their fields are set."""
+
+import pytest
+
+from moestro import Misuse
+from moestro.competition import PRESETS, Compete
+from moestro.training.methods import METHODS
+from moestro.training.recipes import RECIPES, recipe
+
+WITH_EXPERTS = [name for name in RECIPES if name != "dense"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_every_recipe_with_experts_takes_every_method(name, method):
+    base, varied = recipe(name), recipe(f"{name}+{method}")
+    assert varied.model == base.model
+    assert varied.training == base.training
+    assert varied.losses != base.losses
+    assert varied.losses.balance == base.losses.balance
+    assert (varied.compete is None) == (method == "specialise")
+    with pytest.raises(Misuse, match="needs a recipe with experts, and dense has none"):
+        recipe(f"dense+{method}")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_method_is_its_preset(preset):
+    method = "compete" if preset == "ours" else f"compete-{preset}"
+    aux = recipe(f"cartesian+{method}").aux_losses()
+    wanted = PRESETS[preset](8)  # four blocks of two MoE sub-layers
+    assert {name: getattr(aux, name) for name in wanted} == wanted
+
+
+def test_methods_go_together_in_any_order():
+    one, other = recipe("cartesian+compete+specialise"), recipe("cartesian+specialise+compete")
+    assert one.losses == other.losses
+    assert one.compete == other.compete
+    assert one.losses.orthogonality > 0
+    assert one.losses.distillation > 0
+
+
+def test_a_part_of_a_run_becomes_steps():
+    aux = recipe("smoe+compete:start=0.1,end=0.8,tokens=204800,rate=0.5").aux_losses()
+    assert aux.compete == Compete(start_step=10, end_step=80, rate=0.5)
+    assert recipe("smoe+compete").aux_losses().compete == Compete()
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("smoe+compete:start=0.5,end=0.2", "start and end must be shares of a run"),
+        ("smoe+compete:rate=2", "rate must be above 0 and at most 1, got 2.0"),
+        ("smoe+compete:response=loud", "response must be one of"),
+        ("smoe:compete=true", r"compete is set by a variant, as in smoe\+compete, got 'true'"),
+        ("smoe:rate=0.1", "unknown field 'rate'"),
+        ("smoe:distillation=0.1", "set compete"),
+    ],
+)
+def test_what_cannot_work_is_refused(spec, message):
+    with pytest.raises(Misuse, match=message):
+        recipe(spec)
