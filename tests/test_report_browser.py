@@ -158,11 +158,12 @@ def test_domains_in_bits_per_byte_stand_beside_gzip(plain):
 
 
 def test_dark_follows_the_system(plain):
-    seen = []
-    for scheme in ("light", "dark"):
-        plain.emulate_media(color_scheme=scheme)
-        background = plain.evaluate("getComputedStyle(document.body).backgroundColor")
-        seen.append((background, plain.evaluate("document.querySelector('#load .xtick text').style.fill")))
+    background = "getComputedStyle(document.body).backgroundColor"
+    tick = "document.querySelector('#load .xtick text').style.fill"
     plain.emulate_media(color_scheme="light")
-    assert seen[0][0] != seen[1][0]
-    assert seen[0][1] != seen[1][1]
+    light = plain.evaluate(background), plain.evaluate(tick)
+    plain.emulate_media(color_scheme="dark")
+    assert plain.evaluate(background) != light[0]
+    plain.wait_for_function(f"before => {tick} !== before", arg=light[1])  # figures are drawn anew
+    plain.emulate_media(color_scheme="light")
+    plain.wait_for_function(f"before => {tick} === before", arg=light[1])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -14,12 +14,17 @@ from torch.nn.functional import cross_entropy
 
 from moestro.adapters.composed import ComposedFigures, ComposedMeter
 from moestro.adapters.meter import RoutingMeter
-from moestro.comparison import ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
+from moestro.adapters.responses import ResponseMeter
+from moestro.agreement import AgreementFigures
+from moestro.comparison import CompetitionStatistics, ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
+from moestro.competition import Compete
 from moestro.data.packing import PackedRows
 from moestro.joint_routing import JointFigures
 
 COMPOSED_TOKENS = 16_384
 """Held-out tokens on which composed sub-layers are looked at: they run twice there."""
+RESPONSE_TOKENS = 8_192
+"""Held-out tokens of which a sample is answered by all experts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,10 +52,12 @@ def evaluate(
     max_rows: int | None = None,
     dtype: torch.dtype = torch.float32,
     routing: bool = True,
+    compete: Compete | None = None,
 ) -> Evaluation:
     """Evaluate `model` on held-out rows (the first `max_rows`), over all ranks where there are several.
 
-    Every rank takes every n-th row and gets the same result. `dtype` bfloat16 means autocast, as in training.
+    Every rank takes every n-th row and gets the same result. `dtype` bfloat16 means autocast, as in training. `compete`
+    is what the router is compared with (None: the default).
     """
     was_training = model.training
     model.eval()
@@ -63,6 +70,7 @@ def evaluate(
     batch_rows = max(1, batch_tokens // rows.sequence_length)
     has_experts = routing and bool(getattr(model.config, "has_experts", False))  # type: ignore[union-attr]
     composed: dict[str, ComposedFigures] = {}
+    agreement: dict[str, AgreementFigures] = {}
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         with meter.attach(model) if has_experts else nullcontext() as current:
             for start in range(0, len(mine), batch_rows):
@@ -72,11 +80,12 @@ def evaluate(
                 add_losses(sums, model, batch)
         if has_experts:
             composed = composed_figures(model, rows, batch_rows)
+            agreement = agreement_on(model, rows, batch_rows, compete)
     if ranks > 1:
         dist.all_reduce(sums)
     model.train(was_training)
     nll, tokens = sums.cpu().numpy()
-    layers = layer_statistics(meter, domains, composed)
+    layers = layer_statistics(meter, domains, composed, agreement)
     return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layers)
 
 
@@ -87,11 +96,27 @@ def composed_figures(model: nn.Module, rows: PackedRows, batch_rows: int) -> dic
     with meter.attach(model):
         if meter.finds_nothing:
             return {}
-        device = next(model.parameters()).device
-        last = min(len(rows), max(1, COMPOSED_TOKENS // rows.sequence_length))
-        for start in range(0, last, batch_rows):
-            model(**inputs_of(collate(rows, range(start, min(last, start + batch_rows)), device)), use_cache=False)
+        run_on_first(model, rows, batch_rows, COMPOSED_TOKENS)
     return meter.figures()
+
+
+@torch.no_grad()
+def agreement_on(
+    model: nn.Module, rows: PackedRows, batch_rows: int, compete: Compete | None
+) -> dict[str, AgreementFigures]:
+    """The router beside what competition would choose, on the first `RESPONSE_TOKENS`; on every rank the same."""
+    meter = ResponseMeter(compete)
+    with meter.attach(model):
+        run_on_first(model, rows, batch_rows, RESPONSE_TOKENS)
+    return meter.figures()
+
+
+def run_on_first(model: nn.Module, rows: PackedRows, batch_rows: int, tokens: int) -> None:
+    """Run the model on the first rows, about so many tokens, for whoever looks."""
+    device = next(model.parameters()).device
+    last = min(len(rows), max(1, tokens // rows.sequence_length))
+    for start in range(0, last, batch_rows):
+        model(**inputs_of(collate(rows, range(start, min(last, start + batch_rows)), device)), use_cache=False)
 
 
 def collate(rows: PackedRows, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:
@@ -116,7 +141,10 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_statistics(
-    meter: RoutingMeter, domains: Sequence[str], composed: dict[str, ComposedFigures]
+    meter: RoutingMeter,
+    domains: Sequence[str],
+    composed: dict[str, ComposedFigures],
+    agreement: dict[str, AgreementFigures],
 ) -> tuple[LayerStatistics, ...]:
     """What the meters counted, as records of a comparison."""
     joint = meter.joint_figures()
@@ -135,6 +163,7 @@ def layer_statistics(
             domain_mutual_information_shuffled=figures.domain_mutual_information_shuffled,
             column_variance=figures.column_variance,
             composed=composed_statistics(joint[name], composed.get(name)) if name in joint else None,
+            competition=CompetitionStatistics(**asdict(agreement[name])) if name in agreement else None,
         )
         for name, figures in meter.figures().items()
     )

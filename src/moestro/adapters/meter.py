@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moestro.adapters.tap import TAP, Pass, Tap
@@ -123,11 +123,16 @@ def sample_of(record: LayerRecord) -> LayerRecord:
     The tokens depend on the number of valid ones alone. Outputs that nobody else asked for are computed beside the
     pass, which runs as if nobody looked: its result, its graph and the random state are what they would be.
     """
+    sample = subset(record, sample_places(record, SAMPLE))
+    return sample if sample.outputs is not None else replace(sample, outputs=outputs_of(sample))
+
+
+def sample_places(record: LayerRecord, number: int) -> Int[Tensor, " some"]:
+    """Indices of at most `number` of the record's valid tokens, drawn by how many valid ones there are."""
     valid = torch.ones_like(record.batch.sequence) if record.batch.valid is None else record.batch.valid
     token = valid.nonzero()[:, 0]
-    order = torch.randperm(len(token), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-    sample = subset(record, token[order.sort().values.to(token.device)])
-    return sample if sample.outputs is not None else replace(sample, outputs=outputs_of(sample))
+    order = torch.randperm(len(token), generator=torch.Generator().manual_seed(0))[:number]
+    return token[order.sort().values.to(token.device)]
 
 
 def outputs_of(record: LayerRecord) -> Float[Tensor, "tokens k dim"]:

@@ -253,6 +253,7 @@ def held_out_evaluation(
         dtype=torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32,
         max_rows=None if max_tokens is None else max(1, max_tokens // length),
         routing=max_tokens is None,
+        compete=recipe.compete,
     )
 
 

@@ -1,0 +1,70 @@
+"""Letting all experts answer some tokens of every pass, to see what competition would choose."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from moestro.adapters.meter import SAMPLE, sample_places
+from moestro.adapters.tap import TAP, Tap
+from moestro.adapters.watch import Listener, Watch, watch
+from moestro.agreement import AgreementFigures, agreement_figures
+from moestro.competition import Compete, ResponseStatistics, responses
+from moestro.competition.scaling import response_sums, statistics_of
+from moestro.routing import LayerRecord, MoELayer
+
+
+class ResponseMeter:
+    """Per layer, the responses of all experts to a sample of the tokens of every pass that is not in training.
+
+    Passes run as if nobody looked. Costs all experts for at most `sample` tokens per layer and pass.
+    """
+
+    def __init__(self, rule: Compete | None = None, sample: int = SAMPLE) -> None:
+        self.rule, self.sample = rule or Compete(), sample
+        self._response: dict[str, list[Tensor]] = {}
+        self._chosen: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def attach(self, model: nn.Module) -> Iterator[Watch]:
+        """Look at every forward pass of `model` until the context ends."""
+        with watch(model, Listener(on_layer=self._take)) as watching:
+            yield watching
+
+    def _take(self, layer: MoELayer) -> Callable[[LayerRecord], None]:
+        self._response[layer.name], self._chosen[layer.name] = [], []
+        return self._look
+
+    @torch.no_grad()
+    def _look(self, record: LayerRecord) -> None:
+        layer = record.layer
+        tap: Tap = getattr(layer.experts, TAP)
+        token = sample_places(record, self.sample)
+        if tap.watch is None or tap.watch.current is None or tap.watch.current.training or not len(token):
+            return
+
+        def run(hidden: Tensor, expert: Tensor) -> Tensor:
+            return tap.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype))
+
+        with torch.random.fork_rng([] if record.hidden.device.type == "cpu" else [record.hidden.device]):
+            response = responses(run, record.hidden[token], layer.num_experts, self.rule.respond)
+        self._response[layer.name].append(response.cpu())
+        self._chosen[layer.name].append(record.proposed.expert[token].long().cpu())
+
+    def statistics(self) -> dict[str, ResponseStatistics]:
+        """Of each layer that was seen: what brings its responses on one scale."""
+        found = {}
+        for name, parts in self._response.items():
+            if parts:
+                response = torch.cat(parts)
+                found[name] = statistics_of(response_sums(response, torch.ones(len(response), dtype=torch.bool)))
+        return found
+
+    def figures(self) -> dict[str, AgreementFigures]:
+        """Of each layer that was seen."""
+        return {
+            name: agreement_figures(torch.cat(parts), torch.cat(self._chosen[name]), self.rule)
+            for name, parts in self._response.items()
+            if parts
+        }

@@ -1,0 +1,117 @@
+"""Figures of a router beside competition: against plain loops, at the corners, and as a run's evaluation has them."""
+
+import math
+
+import pytest
+import tiny_models
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moestro import AuxLosses, Compete, reroute
+from moestro.adapters.responses import ResponseMeter
+from moestro.agreement import agreement_figures
+from moestro.competition import by_competition
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    tokens=st.integers(2, 12),
+    experts=st.integers(1, 6),
+    k=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from(["none", "mean", "standard"]),
+)
+def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
+    k = min(k, experts)
+    generator = torch.Generator().manual_seed(seed)
+    response = torch.rand(tokens, experts, generator=generator) + torch.arange(experts) * 0.2 + 0.1
+    chosen = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)])
+    figures = agreement_figures(response, chosen, Compete(scale=scale, temperature=0.7))
+
+    mean = [sum(response[t, e].item() for t in range(tokens)) / tokens for e in range(experts)]
+    std = [
+        math.sqrt(sum((response[t, e].item() - mean[e]) ** 2 for t in range(tokens)) / tokens) for e in range(experts)
+    ]
+
+    def strength(t: int, e: int) -> float:
+        r = response[t, e].item()
+        return {"none": r, "mean": r / mean[e], "standard": (r - mean[e]) / (std[e] + 1e-6 * mean[e])}[scale]
+
+    agreed, entropy, won, kept, wins = 0, 0.0, 0.0, 0.0, [0] * experts
+    for t in range(tokens):
+        order = sorted(range(experts), key=lambda e, t=t: -strength(t, e))[:k]
+        agreed += len(set(order) & set(chosen[t].tolist()))
+        won += sum(response[t, e].item() / mean[e] for e in order)
+        kept += sum(response[t, e].item() / mean[e] for e in chosen[t].tolist())
+        parts = [math.exp(strength(t, e) / 0.7) for e in range(experts)]
+        entropy -= sum(p / sum(parts) * math.log(p / sum(parts)) for p in parts)
+        for e in order:
+            wins[e] += 1
+    assert figures.tokens == tokens
+    assert figures.agreement == pytest.approx(agreed / tokens / k)
+    assert figures.static_agreement == pytest.approx(sum(sorted(wins)[-k:]) / tokens / k)
+    assert figures.regret == pytest.approx(1 - kept / won, abs=1e-5)
+    if experts > 1:
+        assert figures.target_entropy == pytest.approx(entropy / tokens / math.log(experts), abs=1e-4)
+    assert figures.winners_max_vio == pytest.approx(max(wins) / (sum(wins) / experts) - 1)
+
+
+def test_a_router_that_knows_and_one_that_sees_nothing():
+    response = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+    rule = Compete(scale="none")
+    knows = agreement_figures(response, response.topk(2).indices, rule)
+    assert knows.agreement == 1
+    assert knows.regret == pytest.approx(0, abs=1e-6)
+    assert knows.corrected_agreement == 1
+    wins = torch.bincount(response.topk(2).indices.flatten(), minlength=4)
+    blind = agreement_figures(response, wins.topk(2).indices.expand(200, 2), rule)
+    assert blind.agreement == pytest.approx(blind.static_agreement)
+    assert blind.corrected_agreement == pytest.approx(0)
+    all_of_them = agreement_figures(response, torch.arange(4).expand(200, 4), rule)
+    assert all_of_them.agreement == 1
+    assert all_of_them.corrected_agreement is None
+
+
+def test_the_meter_sees_evaluation_alone_and_changes_nothing():
+    tiny = tiny_models.build("mixtral", padded=True)
+    meter = ResponseMeter(sample=8)
+    expected = tiny.model.eval()(**tiny.inputs).logits
+    with meter.attach(tiny.model), torch.no_grad():
+        assert torch.equal(tiny.model(**tiny.inputs).logits, expected)
+        once = meter.figures()
+        with torch.enable_grad():
+            tiny.model.train()(**tiny.inputs)
+    assert meter.figures() == once
+    assert {figures.tokens for figures in once.values()} == {8}
+
+
+def test_where_competition_routes_the_router_loses_what_regret_says():
+    """Statistics of a text bring its responses on one scale; the strongest by them then win every token."""
+    tiny = tiny_models.build("mixtral")
+    tiny.model.eval()
+    meter, rule = ResponseMeter(), Compete()
+    with meter.attach(tiny.model), torch.no_grad():
+        tiny.model(**tiny.inputs)
+    with torch.no_grad(), reroute(tiny.model, by_competition(rule, meter.statistics())):
+        competed = tiny.model(**tiny.inputs).logits
+    assert not torch.allclose(competed, tiny.model(**tiny.inputs).logits)
+    assert all(figures.regret > 0 for figures in meter.figures().values())
+
+
+def test_agreement_rises_where_a_router_is_taught():
+    tiny = tiny_models.build("qwen3_moe")
+    model, meters = tiny.model, [ResponseMeter(), ResponseMeter()]
+    aux = AuxLosses(distillation=1.0, compete=Compete(rate=1.0, forward=False))
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "gate.weight" in n], lr=1e-2)
+    for meter, steps in zip(meters, (20, 0), strict=True):
+        with meter.attach(model.eval()), torch.no_grad():
+            model(**tiny.inputs)
+        with aux.attach(model.train()):
+            for _ in range(steps):
+                model(**tiny.inputs).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                aux.step()
+    before, after = (sum(f.agreement for f in meter.figures().values()) for meter in meters)
+    assert after > before
