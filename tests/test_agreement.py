@@ -86,7 +86,7 @@ def test_the_meter_sees_evaluation_alone_and_changes_nothing():
     assert {figures.tokens for figures in once.values()} == {8}
 
 
-def test_where_competition_routes_the_router_loses_what_regret_says():
+def test_a_texts_statistics_bring_its_responses_on_one_scale():
     """Statistics of a text bring its responses on one scale; the strongest by them then win every token."""
     tiny = tiny_models.build("mixtral")
     tiny.model.eval()

@@ -8,6 +8,7 @@ Every number is finite; what could not be measured is None, `null` in the file (
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moestro.agreement import AgreementFigures
 from moestro.errors import Misuse
 from moestro.statistics import Difference, DocumentBootstrap
 
@@ -96,25 +97,6 @@ class ComposedStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompetitionStatistics:
-    """The router beside what competition would choose, on a sample of the held-out text."""
-
-    tokens: int
-    agreement: float
-    """Share of the winners that the router chose too."""
-    static_agreement: float
-    """The same of the experts that win most often, for every token."""
-    regret: float
-    """Share of the winners' responses that the router's choice does without."""
-    target_entropy: float
-    """Of what the router would be taught, over that of an even choice: 1 where it says nothing."""
-    spread: float
-    """Standard deviation over a token's experts of their responses, each over its expert's mean."""
-    winners_max_vio: float
-    """Wins of the expert that wins most over the mean, minus 1."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStatistics:
     """How one MoE layer of a finished run routed the held-out text."""
 
@@ -143,7 +125,8 @@ class LayerStatistics:
     """Variance over tokens of their scores after top-k, summed over experts: 0 when collapsed."""
     composed: ComposedStatistics | None = None
     """None for the first MoE sub-layer of a block."""
-    competition: CompetitionStatistics | None = None
+    competition: AgreementFigures | None = None
+    """The router beside what competition would choose, on a sample of the held-out text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

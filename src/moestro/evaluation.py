@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from moestro.adapters.composed import ComposedFigures, ComposedMeter
 from moestro.adapters.meter import RoutingMeter
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
-from moestro.comparison import CompetitionStatistics, ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
+from moestro.comparison import ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
 from moestro.competition import Compete
 from moestro.data.packing import PackedRows
 from moestro.joint_routing import JointFigures
@@ -163,7 +163,7 @@ def layer_statistics(
             domain_mutual_information_shuffled=figures.domain_mutual_information_shuffled,
             column_variance=figures.column_variance,
             composed=composed_statistics(joint[name], composed.get(name)) if name in joint else None,
-            competition=CompetitionStatistics(**asdict(agreement[name])) if name in agreement else None,
+            competition=agreement.get(name),
         )
         for name, figures in meter.figures().items()
     )

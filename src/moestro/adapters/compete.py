@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moestro.adapters.ranks import over_ranks
 from moestro.adapters.tap import Rerouted, Tap
 from moestro.competition import (
     Compete,
@@ -58,22 +58,16 @@ class Competitor:
 
     def step(self, step: int) -> None:
         """Take in what was seen since the last optimiser step, over all ranks, and be in step `step`."""
-        if self.rule.scale != "none" and self.competed_somewhere():
-            assert self.sums is not None
-            self.seen = self.sums if self.seen is None else DECAY * self.seen + self.sums
+        if self.sums is not None:
+            sums, self.sums = over_ranks(self.sums), None
+            self.seen = sums if self.seen is None else DECAY * self.seen + sums
             self.statistics = statistics_of(self.seen)
-        self.sums = None
         self.begin(step)
 
-    def competed_somewhere(self) -> bool:
-        """Add up the sums of all ranks; False where there are none."""
-        if self.sums is None or not dist.is_initialized():
-            return self.sums is not None
-        dist.all_reduce(self.sums)
-        return True
-
     def count(self, competition: Competition) -> None:
-        """Add a record's responses to the statistics of the step."""
+        """Add a record's responses to the statistics of the step, where they need any."""
+        if self.rule.scale == "none":
+            return
         sums = response_sums(competition.response, competition.filled)
         self.sums = sums if self.sums is None else self.sums + sums
 
@@ -87,13 +81,11 @@ class Competitor:
             raise Misuse(
                 "competition needs all experts of a layer in one place: it does not run with expert parallelism"
             )
-
-        def run(some: Tensor, expert: Tensor) -> Tensor:
-            return tap.outputs(some, expert, torch.ones_like(expert, dtype=some.dtype), *args)
-
         rule = self.rule
         token, filled, key = self.competing(batch)
-        response = responses(run, hidden.detach()[token], self.layer.num_experts, rule.respond)
+        response = responses(
+            lambda *asked: tap.answers(*asked, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
+        )
         contest = Competition(token=token, filled=filled, response=response, target=None, winner=None)
         if rule.scale != "none" and self.statistics is None:
             return Rerouted(proposed, contest)
@@ -107,19 +99,16 @@ class Competitor:
         self, batch: Batch
     ) -> tuple[Int[Tensor, " competing"], Bool[Tensor, " competing"], Int[Tensor, " competing"]]:
         """The competing tokens, which of the rows are filled, and a random number for each."""
-        if self.rule.by == "steps" or self.rule.rate == 1:
+        if self.rule.by == "steps" and not self.rule.tie_break:  # nothing is chosen, nothing drawn
             token = torch.arange(len(batch.sequence), device=batch.sequence.device)
-            filled = torch.ones_like(token, dtype=torch.bool) if batch.valid is None else batch.valid
-            if batch.input_ids is None:
-                return token, filled, token
-            return token, filled, content(batch) + self.key.to(token.device)
+            return token, torch.ones_like(token, dtype=torch.bool) if batch.valid is None else batch.valid, token
         if batch.input_ids is None:
             raise Misuse(
-                f"competing tokens are chosen by their content: the model must be called with input_ids "
-                f"({self.layer.name})"
+                f"competing tokens are chosen, and ties broken, by their content: the model must be called with "
+                f"input_ids ({self.layer.name})"
             )
         key = content(batch) + self.key.to(batch.sequence.device)
-        token, filled = competing_tokens(batch, key, self.rule.rate)
+        token, filled = competing_tokens(batch, key, self.rule.rate if self.rule.by == "tokens" else 1.0)
         return token, filled, key[token]
 
     def breaking(self, key: Int[Tensor, " competing"]) -> Float[Tensor, "competing experts"] | None:
@@ -151,7 +140,9 @@ class Competitor:
 
         routing = by(strength.gather(-1, winner))
         if not rule.balance:
-            routing = replace(routing, logits=kept_from(routing.logits, token), scores=kept_from(routing.scores, token))
+            routing = replace(
+                routing, logits=detached_at(routing.logits, token), scores=detached_at(routing.scores, token)
+            )
         return Rerouted(routing, contest, self.wants_outputs, weigh if rule.through_weights else None)
 
     def resume(self, seen: list[list[float]] | None, step: int, device: torch.device) -> None:
@@ -162,6 +153,6 @@ class Competitor:
         self.begin(step)
 
 
-def kept_from(value: Tensor | None, token: Int[Tensor, " competing"]) -> Tensor | None:
+def detached_at(value: Tensor | None, token: Int[Tensor, " competing"]) -> Tensor | None:
     """The same without gradient at some tokens."""
     return None if value is None else value.index_copy(0, token, value[token].detach())

@@ -5,11 +5,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moestro.adapters.applicability import LOSSES, OF_COMPETITION, OF_WEIGHTS, obstacle
 from moestro.adapters.compete import Competitor
+from moestro.adapters.ranks import over_ranks
 from moestro.balance import next_bias
 from moestro.losses import (
     PerSequence,
@@ -183,8 +183,9 @@ class LayerLosses:
         device = next(self.layer.router.parameters()).device
         if self.competitor is not None:
             self.competitor.resume(state.get("responses"), self.aux.steps, device)
-        kept = {name: torch.tensor(value, device=device) for name, value in state.items()}
-        self.lagged_load, self.lagged_mean, self.scales = (kept.get(name) for name in ("load", "mean", "scales"))
+        self.lagged_load, self.lagged_mean, self.scales = (
+            torch.tensor(state[name], device=device) if name in state else None for name in ("load", "mean", "scales")
+        )
 
 
 def with_labels_only(record: LayerRecord) -> LayerRecord:
@@ -199,11 +200,3 @@ def with_labels_only(record: LayerRecord) -> LayerRecord:
 def added(total: Tensor | None, value: Tensor) -> Tensor:
     """A sum that begins with its first summand."""
     return value if total is None else total + value
-
-
-def over_ranks(value: Tensor) -> Tensor:
-    """The sum over all ranks."""
-    if dist.is_initialized():
-        value = value.clone()
-        dist.all_reduce(value)
-    return value

@@ -73,10 +73,9 @@ def rerouted(model: nn.Module, tap: Tap, rule: Reroute) -> Iterator[None]:
             selected.append(chooser.select(batch, proposed, routed, banned, noise))
             return selected[-1][0]
 
-        def run(hidden: Tensor, expert: Tensor) -> Tensor:
-            return tap.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype))
-
-        proposal = Proposal(layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select, run=run)
+        proposal = Proposal(
+            layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select, run=tap.answers
+        )
         routing = rule(proposal)
         for own, again in selected:
             if own is routing:

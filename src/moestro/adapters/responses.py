@@ -44,11 +44,8 @@ class ResponseMeter:
         if tap.watch is None or tap.watch.current is None or tap.watch.current.training or not len(token):
             return
 
-        def run(hidden: Tensor, expert: Tensor) -> Tensor:
-            return tap.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype))
-
         with torch.random.fork_rng([] if record.hidden.device.type == "cpu" else [record.hidden.device]):
-            response = responses(run, record.hidden[token], layer.num_experts, self.rule.respond)
+            response = responses(tap.answers, record.hidden[token], layer.num_experts, self.rule.respond)
         self._response[layer.name].append(response.cpu())
         self._chosen[layer.name].append(record.proposed.expert[token].long().cpu())
 

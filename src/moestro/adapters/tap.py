@@ -119,6 +119,12 @@ class Tap:
         rows, one_each = hidden.repeat_interleave(index.shape[1], dim=0), torch.ones_like(weight).view(-1, 1)
         return self.run(rows, index.reshape(-1, 1), one_each, *args).view(*index.shape, -1)
 
+    def answers(
+        self, hidden: Float[Tensor, "some dim"], expert: Int[Tensor, "some k"], *args: Any
+    ) -> Float[Tensor, "some k out"]:
+        """The outputs of any experts on any tokens."""
+        return self.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype), *args)
+
     def keep(self, router: nn.Module, args: Any, output: Any) -> None:
         """A forward hook on the router."""
         self.routed = output

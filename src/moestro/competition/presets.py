@@ -29,10 +29,9 @@ def v2_paper(num_layers: int) -> dict[str, Any]:
 def v2_code(num_layers: int) -> dict[str, Any]:
     """What the public code of v2 does: no extra weight on the winners, diversity over k squared.
 
-    Its target is almost uniform, and its distillation next to nothing (docs/results/compete.md). Left out, as they
-    change no value or cannot be wanted: losers with graph, competition in evaluation and none where the input is
-    frozen, a schedule that starves the last layers, routers that start alike, and a balance loss on competition's own
-    scores, through two softmaxes, of a gradient about 4000 times too small.
+    Left out, as they change no value or cannot be wanted: losers with graph, competition in evaluation and none where
+    the input is frozen, a schedule that starves the last layers, routers that start alike, and a balance loss on
+    competition's own scores, through two softmaxes.
     """
     rule = Compete(response="softplus", scale="none", weights="share", through_weights=True, **SCHEDULE)
     return {
@@ -45,7 +44,7 @@ def v2_code(num_layers: int) -> dict[str, Any]:
 
 
 def ours(num_layers: int) -> dict[str, Any]:
-    """Standardised lengths, some tokens of every sequence, Kullback-Leibler divergence: what measurements favour."""
+    """Standardised lengths, some tokens of every sequence, Kullback-Leibler divergence. No comparison chose it yet."""
     return {"distillation": 1e-2, "compete": Compete()}
 
 

@@ -1,8 +1,7 @@
 """Bringing the responses of all experts to one scale.
 
 An expert whose outputs are large would win everywhere, and be trained to be larger still. Its own mean over tokens
-takes that away. Not the mean over a token's experts: that leaves large experts large (docs/log.md, the pilot's
-collapse).
+takes that away. The mean over a token's experts would not: it leaves large experts large.
 """
 
 from dataclasses import dataclass

@@ -1,11 +1,11 @@
 """The methods, as variants of any recipe with experts: `smoe+compete`, `cartesian+compete+specialise`."""
 
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 
-from moestro.competition import PRESETS, Compete
+from moestro.competition import PRESETS
 from moestro.errors import Misuse
-from moestro.training.recipe import Competing, Losses, Recipe
+from moestro.training.recipe import Competing, Recipe, fields_of
 
 
 def specialise(recipe: Recipe) -> Recipe:
@@ -39,12 +39,11 @@ def competing(recipe: Recipe, preset: str, what: str) -> Recipe:
     """The recipe with competition by one of `moestro.competition.PRESETS`."""
     need_experts(recipe, "compete")
     settings = PRESETS[preset](recipe.model.num_moe_layers)
-    rule = settings.pop("compete")
-    chosen = {f.name: getattr(rule, f.name) for f in fields(Compete)}
+    rule = fields_of(settings.pop("compete"))
     return replace(
         recipe,
-        losses=Losses(**asdict(recipe.losses) | settings),
-        compete=Competing(**chosen),
+        losses=replace(recipe.losses, **settings),
+        compete=Competing(**rule),
         description=f"{recipe.description}; {what}",
     )
 

@@ -1,7 +1,7 @@
 """What a recipe is: a complete description of a training run but for data and seed, as a tree of plain values."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Literal
+from typing import Any, Literal
 
 from moestro.adapters import AuxLosses
 from moestro.competition import Compete
@@ -91,9 +91,13 @@ class Competing(Compete):
 
     def over(self, steps: int) -> Compete:
         """The same in steps."""
-        chosen = {f.name: getattr(self, f.name) for f in fields(Compete)}
         end = None if self.end == 1 else max(1, round(self.end * steps))
-        return Compete(**chosen | {"start_step": round(self.start * steps), "end_step": end})
+        return Compete(**fields_of(self) | {"start_step": round(self.start * steps), "end_step": end})
+
+
+def fields_of(rule: Compete) -> dict[str, Any]:
+    """What `Compete` takes, of a rule or what is made of one."""
+    return {f.name: getattr(rule, f.name) for f in fields(Compete)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
