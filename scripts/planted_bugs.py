@@ -16,19 +16,11 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+
+from planted_bug import Bug
+from planted_competition import COMPETITION
 
 ROOT = Path(__file__).parent.parent
-
-
-class Bug(NamedTuple):
-    """One wrong line."""
-
-    name: str
-    file: str
-    right: str
-    wrong: str
-    tests: str
 
 
 BUGS = [
@@ -590,6 +582,7 @@ BUGS = [
         "",
         "test_controls",
     ),
+    *COMPETITION,
 ]
 
 

@@ -5,6 +5,7 @@ from functools import cache
 
 import numpy as np
 
+from moestro.agreement import AgreementFigures
 from moestro.comparison import (
     Budget,
     Comparison,
@@ -96,6 +97,39 @@ def swept(comparison: Comparison, seed: int = 1000) -> Comparison:
     chosen = {"dense": 1e-3, "smoe": 2e-3, "fine-grained": 4e-3}
     tokens = dict.fromkeys(chosen, STEPS * BATCH_TOKENS // 2)
     return replace(comparison, sweep=Sweep(seed=seed, tokens=tokens, screened=screened, chosen=chosen))
+
+
+def competing(comparison: Comparison) -> Comparison:
+    """The same where experts compete in the last recipe; what its routers know of it rises while it trains."""
+
+    def layer(value: LayerStatistics, known: float) -> LayerStatistics:
+        figures = AgreementFigures(
+            tokens=512,
+            agreement=known,
+            static_agreement=0.2,
+            regret=0.3 * (1 - known),
+            target_entropy=0.93,
+            spread=0.11,
+            response=1.5,
+            winners_max_vio=0.8,
+        )
+        return replace(value, competition=figures, cosine=0.2, overlap=0.5, overlap_shuffled=0.9)
+
+    def run(value: Run, known: float) -> Run:
+        curve = tuple(
+            p
+            if p.held_out_loss is None
+            else replace(p, competition={"agreement": known * p.step / STEPS, "regret": 0.3 * (1 - known)})
+            for p in value.curve
+        )
+        layers = tuple(layer(one, known + 0.01 * value.seed) for one in value.layers)
+        return replace(value, curve=curve if layers else value.curve, layers=layers)
+
+    recipes = tuple(
+        replace(recipe, competes=index == 2, runs=tuple(run(each, (0.3, 0.3, 0.7)[index]) for each in recipe.runs))
+        for index, recipe in enumerate(comparison.recipes)
+    )
+    return replace(comparison, recipes=recipes)
 
 
 def hostile(comparison: Comparison) -> Comparison:

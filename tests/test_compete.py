@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from competing import OneLayer, batch, observed, run
 from moestro import AuxLosses, Compete, Misuse, reference
 from moestro.competition import PRESETS
+from moestro.losses import distillation
 
 RULES = st.sampled_from(
     [{}, {"renormalise": False}, {"scores": "sigmoid", "scale": 2.5}, {"scores": "sigmoid", "selection_bias": True}]
@@ -187,6 +188,19 @@ def test_losers_build_no_graph_and_get_no_gradient():
     assert not record.competition.response.requires_grad
     touched = gradients["layer.experts.down_proj"].flatten(1).any(1)
     assert torch.equal(touched, won)
+
+
+@pytest.mark.parametrize("form", ["kl", "mse", "relative-mse"])
+def test_the_target_is_taken_as_given(form: str):
+    model, aux = one_competing()
+    _, (record,) = run(model, aux, **batch(2, 5))
+    target = record.competition.target.clone().requires_grad_()
+    proposed = replace(record.proposed, logits=(logits := record.proposed.logits.detach().requires_grad_()))
+    proposed = replace(proposed, scores=logits.softmax(-1))
+    record = replace(record, proposed=proposed, competition=replace(record.competition, target=target))
+    distillation(record, form, winners=0.5).sum.sum().backward()
+    assert logits.grad.abs().sum() > 0
+    assert target.grad is None
 
 
 def test_where_responses_need_a_scale_the_first_step_only_looks():

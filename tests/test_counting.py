@@ -125,6 +125,24 @@ def test_training_costs_three_forward_passes():
     assert counter.get_total_flops() == 2 * 7 * training_flops_per_token(config, 7)
 
 
+@pytest.mark.parametrize("variant", ["compete", "compete:forward=False", "compete:rate=0.25,start=0.25,end=0.75"])
+def test_answers_of_all_experts_are_counted(variant):
+    """Of the whole run, where competition rests for a part: here a half of it, by the words of the recipe."""
+    resting = "start" in variant
+    chosen = recipe(f"smoe+{variant}", sequence_length=64, batch_tokens=128, tokens=128 * 8, vocab_size=512)
+    aux, model = chosen.aux_losses(), MoestroForCausalLM(chosen.model.config(64))
+    model.set_experts_implementation("eager")
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, aux.attach(model):
+        for _ in range(8):
+            model(input_ids=(ids := torch.randint(512, (2, 64))), labels=ids).loss.backward()
+            aux.step()
+    assert counter.get_total_flops() == 8 * 128 * chosen.training_flops()
+    without = training_flops_per_token(model.config, 64)
+    of_experts = 4 * 16 * 2 * 3 * 128 * 128  # layers, experts, multiply and add, matrices
+    assert chosen.training_flops() - without == of_experts * (0.25 / 2 if resting else 1 / 32)
+
+
 @pytest.mark.parametrize(
     ("spec", "size"),
     [

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comparison_fixture import HOSTILE, hostile, make_comparison
+from comparison_fixture import HOSTILE, competing, hostile, make_comparison
 from moestro.comparison import CurvePoint
 from moestro.report.curves import MAX_POINTS, learning_curves
 from moestro.report.forest import forest
@@ -35,7 +35,11 @@ def _all_figures(comparison):
         yield from (shown["figure"] for shown in (*run["domains"], *run["pairs"]))
 
 
-@pytest.mark.parametrize("comparison", [make_comparison(), hostile(make_comparison((0,)))], ids=["plain", "hostile"])
+@pytest.mark.parametrize(
+    "comparison",
+    [make_comparison(), hostile(make_comparison((0,))), competing(make_comparison())],
+    ids=["plain", "hostile", "competing"],
+)
 def test_figures_are_what_plotly_takes(comparison):
     for figure in _all_figures(comparison):
         go.Figure(_painted(figure))  # raises where an attribute or value is unknown
@@ -57,6 +61,14 @@ def test_curves_are_means_with_their_seeds_behind():
     assert {trace["line"]["color"] for trace in smoe} == {"--series-1"}
     middle = [sum(values) / 3 for values in zip(*(trace["y"] for trace in smoe[:3]), strict=True)]
     assert smoe[3]["y"] == pytest.approx(middle, abs=1e-4)
+
+
+def test_what_routers_know_of_competition_is_drawn_where_experts_compete():
+    assert {"agreement", "regret"}.isdisjoint(learning_curves(make_comparison()))
+    figures = learning_curves(competing(make_comparison()))
+    ends = {trace["meta"]: trace["y"][-1] for trace in figures["agreement"]["data"] if trace["opacity"] == 1}
+    assert ends == pytest.approx({1: 0.3, 2: 0.7})  # the dense recipe has nothing to choose
+    assert {trace["meta"] for trace in figures["regret"]["data"]} == {1, 2}
 
 
 def test_one_seed_is_drawn_once():

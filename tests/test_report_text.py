@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from comparison_fixture import make_comparison
+from comparison_fixture import competing, make_comparison
 from moestro.comparison import Comparison
 from moestro.report import sentences
+from moestro.report.learnt import learnt_rows
 from moestro.report.numbers import decimals_for, fixed, mean, memory, metric, signed
 from moestro.report.summary import domain_rows, rows
 from moestro.report.text import plotly_label, shortened, visible
@@ -229,3 +230,26 @@ def test_a_domain_that_a_recipe_lacks_is_a_dash():
     lacking = replace(comparison.recipes[2], runs=(replace(run, held_out=held_out),))
     cells = domain_rows(replace(comparison, recipes=(*comparison.recipes[:2], lacking)))[1].cells
     assert (cells[2].loss, cells[2].loss_difference) == ("–", "")
+
+
+def test_what_routers_learnt_is_told_by_recipe():
+    """Means over layers and seeds, their spread over seeds, what chance alone gives, the difference to the first."""
+    rows = {row.measure.field: row for row in learnt_rows(competing(make_comparison()))}
+    agreement = rows["agreement"]
+    assert agreement.cells == ("0.310", "0.710")
+    assert agreement.spreads == ("± 0.010", "± 0.010")
+    assert agreement.chances == ("0.200", "0.200")
+    assert agreement.differences == ("", "+0.400")
+    assert rows["overlap"].chances == ("0.900", "0.900")
+    assert rows["regret"].differences == ("", "−0.120")
+    assert rows["composed"].cells == ("–", "0.310")  # of the blocks that have two sub-layers
+    assert rows["composed"].differences == ("", "")
+
+
+def test_competition_is_no_measure_where_nothing_competes():
+    fields = {row.measure.field for row in learnt_rows(make_comparison((0,)))}
+    assert {"max_vio_batch", "domain_mutual_information", "composed"} <= fields
+    assert not {"agreement", "regret"} & fields
+    assert all(row.spreads == ("", "") for row in learnt_rows(make_comparison((0,))))
+    dense = make_comparison((0,))
+    assert learnt_rows(replace(dense, recipes=dense.recipes[:1])) == ()

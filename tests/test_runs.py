@@ -39,15 +39,19 @@ def uninterrupted(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 
 RECIPE = (
-    "deepseek-v3:balance_over=lagged,balance=0.05,orthogonality=1e-3,variance=1e-3,scaling=relative,"
-    "micro_batch_tokens=64"
+    "deepseek-v3+compete:balance_over=lagged,balance=0.05,orthogonality=1e-3,variance=1e-3,scaling=relative,"
+    "rate=0.1,micro_batch_tokens=64"
 )
-"""It has all the state that a resumed run must restore: lagged statistics, scales, selection biases, accumulation."""
+"""It has all the state that a resumed run must restore: lagged statistics, scales, selection biases, accumulation, who
+competes and what is known of responses."""
 
 
 def losses(folder: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(x["step"], x.get("loss"), x.get("held_out_loss"), x.get("max_vio"), x.get("aux/balance")) for x in lines]
+    names = ["step", "loss", "held_out_loss", "max_vio", "aux/balance", "aux/distillation", "competition/agreement"]
+    layer = "competition/model.layers.1.feed_forward.0/tokens"
+    assert sum(line[layer] for line in lines) == 40 * 4 * 4  # steps, sequences, a tenth of their tokens rounded up
+    return [tuple(line.get(name) for name in [*names, layer]) for line in lines]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -25,6 +25,8 @@ class AgreementFigures:
     """Mean entropy of the target, over that of an even one: 1 where it says nothing."""
     spread: float
     """Mean over tokens of the standard deviation, over experts, of responses over their expert's mean."""
+    response: float
+    """Mean over tokens and experts; with l2 it is the length of outputs, which shows whether they grow."""
     winners_max_vio: float
     """Wins of the expert that wins most over the mean, minus 1: how far competition collapses."""
 
@@ -62,5 +64,6 @@ def agreement_figures(
         regret=float(1 - lost / won) if won != 0 else 0.0,
         target_entropy=float(entropy),
         spread=float(over_mean.std(-1, correction=0).mean()),
+        response=float(response.mean()),
         winners_max_vio=float(wins.max() / wins.mean() - 1),
     )

@@ -17,7 +17,7 @@ import moestro
 from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run, Sweep
 from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse, TrainingFailed
-from moestro.models.counting import count_parameters, training_flops_per_token
+from moestro.models.counting import count_parameters
 from moestro.records import write_record
 from moestro.report import write_report
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
@@ -88,15 +88,9 @@ def check(recipes: Sequence[Recipe], seeds: Sequence[int], match: str, grid: Gri
 
 def with_flops_of(first: Recipe, recipe: Recipe) -> Recipe:
     """The recipe with as many tokens as cost the first one's training FLOPs."""
-    budget = first.training.tokens * training_flops(first)
-    tokens = round(budget / training_flops(recipe))
+    budget = first.training.tokens * first.training_flops()
+    tokens = round(budget / recipe.training_flops())
     return replace(recipe, training=replace(recipe.training, tokens=tokens)).validate()
-
-
-def training_flops(recipe: Recipe) -> int:
-    """Training FLOPs per token at the recipe's sequence length."""
-    length = recipe.training.sequence_length
-    return training_flops_per_token(recipe.model.config(length), length)
 
 
 def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
@@ -221,7 +215,8 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
                 description=recipe.description,
                 total_parameters=count.total,
                 active_parameters=count.active,
-                flops_per_token=float(training_flops(recipe)),
+                flops_per_token=float(recipe.training_flops()),
+                competes=recipe.compete is not None,
                 runs=tuple(runs[recipe.name]),
                 difference=difference,
                 document_bootstrap=None if difference is None else bootstrap(folder, recipe, the_plan),  # pyright: ignore[reportGeneralTypeIssues]

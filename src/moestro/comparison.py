@@ -78,6 +78,9 @@ class CurvePoint:
     loss: float
     """Training loss, without auxiliary losses."""
     held_out_loss: float | None = None
+    competition: dict[str, float] = field(default_factory=dict)
+    """On held-out text, means over MoE layers: `agreement`, `static_agreement`, `regret`, `target_entropy`, `response`,
+    as `AgreementFigures` has them, and `changed`: the share of experts chosen that were others at the point before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,12 @@ class LayerStatistics:
     """Between domain and expert, in nats, from the choices."""
     domain_mutual_information_shuffled: float | None = None
     """What it would be if the tokens' domains were shuffled: that much is chance."""
+    cosine: float | None = None
+    """Mean cosine of the outputs of two experts of one token, on a sample."""
+    overlap: float | None = None
+    """Mean share of a token's nearest tokens, by the layer's input, whose first expert is another; on a sample."""
+    overlap_shuffled: float | None = None
+    """What it would be if first experts were dealt to tokens at random."""
     column_variance: float | None = None
     """Variance over tokens of their scores after top-k, summed over experts: 0 when collapsed."""
     composed: ComposedStatistics | None = None
@@ -152,7 +161,9 @@ class RecipeResult:
     total_parameters: int
     active_parameters: int
     flops_per_token: float
-    """Of training, forward and backward, at the training sequence length."""
+    """Of training, forward and backward, at the training sequence length; with the answers of experts that compete."""
+    competes: bool = False
+    """Whether experts competed while it trained."""
     runs: tuple[Run, ...]
     difference: Difference | None = None
     """To the first recipe; None for the first."""

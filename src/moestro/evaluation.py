@@ -65,6 +65,7 @@ def evaluate(
     num_documents = len(rows.document_domain)
     sums = torch.zeros(2, num_documents, dtype=torch.float64, device=device)
     meter = RoutingMeter(num_domains=len(domains))
+    meter.detailed = True
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine = range(rank, min(len(rows), max_rows or len(rows)), ranks)
     batch_rows = max(1, batch_tokens // rows.sequence_length)
@@ -161,6 +162,9 @@ def layer_statistics(
             mutual_information=figures.mutual_information,
             domain_mutual_information=figures.domain_mutual_information,
             domain_mutual_information_shuffled=figures.domain_mutual_information_shuffled,
+            cosine=figures.cosine,
+            overlap=figures.overlap,
+            overlap_shuffled=figures.overlap_shuffled,
             column_variance=figures.column_variance,
             composed=composed_statistics(joint[name], composed.get(name)) if name in joint else None,
             competition=agreement.get(name),

@@ -51,14 +51,14 @@ def print_costs(rows: Sequence[Estimate], runs: str) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         parameters, memory = (f"{row.parameters:,}", f"{row.active_parameters:,}"), f"{row.memory_bytes / 1e9:,.1f} GB"
-        table.add_row(text(console, row.name), *parameters, metric(row.forward_flops), memory, row.duration)
+        table.add_row(text(console, row.name), *parameters, metric(row.training_flops), memory, row.duration)
     console.print(table)
     print_words(console, {row.name: row.description for row in rows})
     line(
         console,
-        "FLOPs are per token, forward. Memory counts weights, gradients and AdamW in fp32, and an estimate of the "
-        f"activations. Time is what {runs} would take at the full speed of this machine's {first.dtype} matrix "
-        f"products, {first.device_flops / 1e9:,.0f} GFLOP/s measured now: expect more.",
+        "FLOPs are per token of training, forward and backward. Memory counts weights, gradients and AdamW in fp32, "
+        f"and an estimate of the activations. Time is what {runs} would take at the full speed of this machine's "
+        f"{first.dtype} matrix products, {first.device_flops / 1e9:,.0f} GFLOP/s measured now: expect more.",
         "dim",
     )
 

@@ -45,6 +45,8 @@ class Competitor:
         """Of the responses since the last optimiser step."""
         self.seen: Tensor | None = None
         """Of earlier steps, ever less of them."""
+        self.competed = torch.zeros((), dtype=torch.long)
+        """Tokens that competed since somebody asked."""
         self.statistics: ResponseStatistics | None = None
         self.begin(0)
 
@@ -65,7 +67,9 @@ class Competitor:
         self.begin(step)
 
     def count(self, competition: Competition) -> None:
-        """Add a record's responses to the statistics of the step, where they need any."""
+        """Count a record's tokens, and add their responses to the statistics of the step, where it needs any."""
+        tokens = competition.filled.sum()
+        self.competed = self.competed.to(tokens.device) + tokens
         if self.rule.scale == "none":
             return
         sums = response_sums(competition.response, competition.filled)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from moestro.adapters.meter import SAMPLE, sample_places
@@ -58,10 +59,13 @@ class ResponseMeter:
                 found[name] = statistics_of(response_sums(response, torch.ones(len(response), dtype=torch.bool)))
         return found
 
+    def chosen(self) -> dict[str, Int[Tensor, "tokens k"]]:
+        """Of each layer that was seen: what the router chose for the tokens that were looked at."""
+        return {name: torch.cat(parts) for name, parts in self._chosen.items() if parts}
+
     def figures(self) -> dict[str, AgreementFigures]:
         """Of each layer that was seen."""
         return {
-            name: agreement_figures(torch.cat(parts), torch.cat(self._chosen[name]), self.rule)
-            for name, parts in self._response.items()
-            if parts
+            name: agreement_figures(torch.cat(self._response[name]), chosen, self.rule)
+            for name, chosen in self.chosen().items()
         }

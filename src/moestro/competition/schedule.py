@@ -45,16 +45,20 @@ def competing_tokens(
 def competes_in_step(step: int, layer: int, num_layers: int, rate: float, max_layers: int | None, seed: int) -> bool:
     """Whether a layer competes in a step, with all tokens.
 
-    Each layer does so in a share min(rate, max_layers / num_layers) of the steps, evenly spaced, and the layers take
-    turns in an order drawn by the seed: a step has the rounded mean number of competing layers, never more than
-    `max_layers`, and no layer starves.
+    Each layer does so in its share of the steps, evenly spaced, and layers take turns in an order drawn by the seed: a
+    step has the rounded mean number of competing layers, never more than `max_layers`, and no layer starves.
 
     Paper: Nguyen et al. 2025, arXiv:2505.13380. Departs from the paper: there each layer flips a coin in each step, and
     flips above the cap move to a free step; the public code drops those of the last layers.
     """
-    share = rate if max_layers is None else min(rate, max_layers / num_layers)
+    share = share_of_steps(rate, max_layers, num_layers)
     phase = turns(num_layers, seed)[layer] / num_layers
     return math.floor((step + 1) * share + phase + ROUNDING) > math.floor(step * share + phase + ROUNDING)
+
+
+def share_of_steps(rate: float, max_layers: int | None, num_layers: int) -> float:
+    """In how many of the steps each layer competes."""
+    return rate if max_layers is None else min(rate, max_layers / num_layers)
 
 
 @cache

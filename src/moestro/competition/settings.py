@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from moestro.competition.responses import POSITIVE, RESPONSES, Response
 from moestro.competition.scaling import Scale
+from moestro.competition.schedule import share_of_steps
 from moestro.competition.winners import Target, Weights
 from moestro.errors import Misuse
 
@@ -67,6 +68,10 @@ class Compete:
     def respond(self) -> Response:
         """The response as a function."""
         return RESPONSES[self.response] if isinstance(self.response, str) else self.response
+
+    def share(self, num_layers: int) -> float:
+        """Of all tokens in all of so many layers, how many compete while competition does not rest."""
+        return share_of_steps(self.rate, self.max_layers, num_layers)
 
     def rests(self, step: int) -> bool:
         """Whether nobody competes in this step."""

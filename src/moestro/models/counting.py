@@ -112,6 +112,12 @@ def training_flops_per_token(config: MoestroConfig, sequence_length: int) -> int
     return 3 * forward_flops_per_token(config, sequence_length)
 
 
+def all_experts_flops_per_token(config: MoestroConfig) -> int:
+    """Of a token that every expert of every MoE sub-layer answers, forward, beside its way through the model."""
+    moes = [spec for block in config.sub_layers for spec in block if isinstance(spec, MoE)]
+    return sum(2 * spec.num_experts * swiglu_parameters(config, spec.width) for spec in moes)
+
+
 def moe_layer_names(config: MoestroConfig) -> list[str]:
     """Names of the MoE sub-layers, in order."""
     return [

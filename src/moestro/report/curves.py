@@ -22,7 +22,8 @@ _STEEP_PART = 0.05  # of the tokens: the fall from the initial loss, which would
 
 
 def learning_curves(comparison: Comparison) -> dict[str, Figure]:
-    """Held-out loss, training loss and the paired difference over training; a figure without points is left out."""
+    """Held-out loss, training loss and the paired difference over training, and where experts compete what routers know
+    of it; a figure without points is left out."""
     held_out = [[_held_out(run.curve) for run in recipe.runs] for recipe in comparison.recipes]
     training = [[_thinned(_training(run.curve)) for run in recipe.runs] for recipe in comparison.recipes]
     differences = [[_minus(a, b) for a, b in zip(runs, held_out[0], strict=True)] for runs in held_out[1:]]
@@ -31,6 +32,8 @@ def learning_curves(comparison: Comparison) -> dict[str, Figure]:
         "training": _figure(comparison.recipes, training, markers=False),
         "difference": _difference_figure(comparison.recipes[1:], differences),
     }
+    if any(recipe.competes for recipe in comparison.recipes):
+        figures |= {name: _beside_competition(comparison.recipes, name) for name in ("agreement", "regret")}
     return {name: figure for name, figure in figures.items() if figure["data"]}
 
 
@@ -62,6 +65,16 @@ def _figure(recipes: Sequence[RecipeResult], curves: list[list[Curve]], *, marke
     if bounds:
         layout["yaxis"]["range"] = bounds
     return {"data": data, "layout": layout}
+
+
+def _beside_competition(recipes: Sequence[RecipeResult], name: str) -> Figure:
+    """How well routers know competition."""
+    curves = [
+        [[(p.tokens, p.competition[name]) for p in run.curve if name in p.competition] for run in recipe.runs]
+        for recipe in recipes
+    ]
+    data = [t for i, recipe in enumerate(recipes) for t in traces(recipe.name, i, curves[i], markers=True)]
+    return {"data": data, "layout": _curve_layout([curve for runs in curves for curve in runs if curve])}
 
 
 def _difference_figure(recipes: Sequence[RecipeResult], curves: list[list[Curve]]) -> Figure:

@@ -8,6 +8,7 @@ from moestro.report.curves import learning_curves
 from moestro.report.forest import forest
 from moestro.report.heatmaps import expert_figures, labels, moe_recipes
 from moestro.report.learning_rates import rate_figure, rate_table
+from moestro.report.learnt import learnt_rows
 from moestro.report.page import render_page
 from moestro.report.summary import domain_rows, rows
 
@@ -30,6 +31,7 @@ def render(comparison: Comparison) -> str:
         domain_rows=domain_rows(comparison),
         forest=forest(comparison),
         curves=learning_curves(comparison),
+        learnt=learnt_rows(comparison),
         experts=expert_figures(comparison),
         moe_recipes=moe_recipes(comparison),
         labelled=lambda layers: zip(labels(layers), layers, strict=True),

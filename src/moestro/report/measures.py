@@ -1,8 +1,7 @@
 """What the numbers of a layer's routing are called. A number that is not known here gets its own name, spaced."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-
-from moestro.inspection import RoutingStudy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,7 +9,7 @@ class Measure:
     """One number per layer."""
 
     field: str
-    """Its name in `MeasuredLayer.figures`."""
+    """Its name among a layer's numbers."""
     title: str
     unit: str = ""
     decimals: int = 3
@@ -134,15 +133,45 @@ KNOWN = (
         title="rerouted",
         meaning="Of a block's later MoE layers: share of its choices that what stands before it in the block changes.",
     ),
+    Measure(
+        field="agreement",
+        title="agreement",
+        unit="with competition",
+        meaning="Share of the experts that would win a token in a competition of all that the router chose too, on a "
+        "sample. Chance is here the best fixed choice for all tokens.",
+    ),
+    Measure(
+        field="regret",
+        least=0.02,
+        title="regret",
+        meaning="Share of the winners' responses, each over its expert's mean, that the router's choice loses.",
+    ),
+    Measure(
+        field="target_entropy",
+        title="entropy of the target",
+        unit="of an even one",
+        meaning="Of what competition would teach the router: 1 where it says nothing.",
+    ),
+    Measure(
+        field="winners_max_vio",
+        least=0.5,
+        title="MaxVio of winners",
+        decimals=2,
+        meaning="How far the expert that would win most is above an even share: large where competition collapses.",
+    ),
+    Measure(
+        field="response",
+        title="response",
+        meaning="Mean over tokens and experts of how strongly an expert answers, by default the length of its output.",
+    ),
 )
 CHANCE = "_shuffled"
 """What a field's name ends in that holds the value which chance alone would give to another."""
 
 
-def measures(study: RoutingStudy) -> list[Measure]:
-    """Every measure that any layer of the study has a number of, the known ones first."""
-    layers = [layer for found in study.checkpoints for layer in found.layers]
-    present = dict.fromkeys(name for layer in layers for name, value in layer.figures.items() if value is not None)
+def measures(layers: Iterable[Mapping[str, float | None]]) -> list[Measure]:
+    """Every measure that any of the layers has a number of, the known ones first."""
+    present = dict.fromkeys(name for layer in layers for name, value in layer.items() if value is not None)
     own = [name for name in present if not (name.endswith(CHANCE) and name.removesuffix(CHANCE) in present)]
     known = {measure.field: measure for measure in KNOWN}
     listed = [name for name in known if name in own] + [name for name in own if name not in known]

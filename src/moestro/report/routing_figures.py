@@ -7,9 +7,9 @@ from typing import Any
 from moestro.inspection import Measured, RoutingStudy
 from moestro.report.curves import Figure, frame, series_colour
 from moestro.report.heatmaps import heat_map
-from moestro.report.measures import Measure, measures
+from moestro.report.measures import Measure
 from moestro.report.routing_robustness import robustness_figure
-from moestro.report.routing_summary import all_labels, by_label
+from moestro.report.routing_summary import all_labels, by_label, study_measures
 from moestro.report.text import plotly_label, shortened
 
 _TICKS = 12
@@ -19,7 +19,7 @@ _LONGEST_NAME = 40
 def figures(study: RoutingStudy) -> dict[str, Any]:
     """All figures of the page."""
     return {
-        "measures": {measure.field: measure_figure(study, measure) for measure in measures(study)},
+        "measures": {measure.field: measure_figure(study, measure) for measure in study_measures(study)},
         "loads": [load_figure(checkpoint) for checkpoint in study.checkpoints],
         "domains": [
             {layer.label: heat_map(list(layer.domain_load), list(layer.domain_load.values())) for layer in c.layers}

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from moestro.inspection import RoutingStudy
 from moestro.report import routing_robustness, routing_sentences
-from moestro.report.measures import measures
 from moestro.report.page import render_page
 from moestro.report.routing_figures import figures
 from moestro.report.routing_summary import (
@@ -14,6 +13,7 @@ from moestro.report.routing_summary import (
     layer_rows,
     measure_rows,
     prediction_rows,
+    study_measures,
 )
 
 
@@ -33,7 +33,7 @@ def render_routing(study: RoutingStudy) -> str:
         facts=fact_rows([checkpoint.finding for checkpoint in study.checkpoints]),
         predictions=prediction_rows(study),
         domains=domain_rows(study),
-        measures=measures(study),
+        measures=study_measures(study),
         measure_rows=measure_rows(study),
         layers=layer_rows(study),
         labels=all_labels(study),

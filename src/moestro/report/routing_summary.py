@@ -87,9 +87,15 @@ def read(study: RoutingStudy, domain: str) -> str:
     return words + (f", {metric(size.left_out_bytes)} left out" if size.left_out_bytes else "")
 
 
+def study_measures(study: RoutingStudy) -> list[Measure]:
+    """Every measure that any layer of the study has a number of."""
+    return measures([layer.figures for found in study.checkpoints for layer in found.layers])
+
+
 def measure_rows(study: RoutingStudy) -> tuple[Row, ...]:
     """Every measure over all layers of each checkpoint."""
-    return tuple(measure_row(measure, [found.layers for found in study.checkpoints]) for measure in measures(study))
+    layers = [found.layers for found in study.checkpoints]
+    return tuple(measure_row(measure, layers) for measure in study_measures(study))
 
 
 def measure_row(measure: Measure, layers: Sequence[Sequence[MeasuredLayer]]) -> Row:
@@ -122,7 +128,7 @@ def layer_cells(study: RoutingStudy, label: str) -> list[Row]:
     found = [by_label(checkpoint).get(label) for checkpoint in study.checkpoints]
     experts = [None if layer is None else float(len(layer.load)) for layer in found]
     layers = [() if layer is None else (layer,) for layer in found]
-    return [row("experts", experts, 0), *(measure_row(measure, layers) for measure in measures(study))]
+    return [row("experts", experts, 0), *(measure_row(measure, layers) for measure in study_measures(study))]
 
 
 def all_labels(study: RoutingStudy) -> list[str]:

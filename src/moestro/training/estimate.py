@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from moestro.models.configuration import Dense
-from moestro.models.counting import count_parameters, forward_flops_per_token, training_flops_per_token
+from moestro.models.counting import count_parameters
 from moestro.training.precision import faster_dtype, product_seconds
 from moestro.training.recipe import Recipe
 
@@ -23,7 +23,8 @@ class Estimate:
     description: str
     parameters: int
     active_parameters: int
-    forward_flops: int
+    training_flops: int
+    """Per token, forward and backward."""
     tokens: int
     sequence_length: int
     memory_bytes: float
@@ -60,11 +61,11 @@ def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float
         description=recipe.description,
         parameters=count.total,
         active_parameters=count.active,
-        forward_flops=forward_flops_per_token(config, t.sequence_length),
+        training_flops=recipe.training_flops(),
         tokens=t.tokens,
         sequence_length=t.sequence_length,
         memory_bytes=16 * count.total + activation_bytes(recipe, 2 if dtype == torch.bfloat16 else 4),
-        seconds=runs * t.tokens * training_flops_per_token(config, t.sequence_length) / speed,
+        seconds=runs * t.tokens * recipe.training_flops() / speed,
         dtype=str(dtype).removeprefix("torch."),
         device_flops=speed,
     )

@@ -7,6 +7,7 @@ from moestro.adapters import AuxLosses
 from moestro.competition import Compete
 from moestro.errors import Misuse
 from moestro.models.configuration import Composition, Dense, MoE, MoestroConfig, SubLayer
+from moestro.models.counting import all_experts_flops_per_token, training_flops_per_token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +147,17 @@ class Recipe:
     losses: Losses = field(default_factory=Losses)
     compete: Competing | None = None
     training: Training
+
+    def training_flops(self) -> int:
+        """Of the run, per token at the training sequence length: forward, backward and competition's answers."""
+        length, steps = self.training.sequence_length, self.training.steps
+        config = self.model.config(length)
+        flops = training_flops_per_token(config, length)
+        if self.compete is None:
+            return flops
+        resting = sum(self.compete.over(steps).rests(step) for step in range(steps)) / steps
+        share = (1 - resting) * self.compete.share(self.model.num_moe_layers)
+        return flops + round(share * all_experts_flops_per_token(config))
 
     def aux_losses(self) -> AuxLosses:
         """What is attached in training."""

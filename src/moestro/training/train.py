@@ -16,24 +16,23 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, default_data_collator
 
 from moestro.adapters import AuxLosses, RoutingMeter
-from moestro.comparison import CurvePoint, Run
+from moestro.comparison import Run
 from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
-from moestro.evaluation import Evaluation, evaluate, held_out
+from moestro.evaluation import held_out
 from moestro.models import PADDED_MM, MoestroForCausalLM
 from moestro.records import read_record, write_record
 from moestro.training.checkpoints import last_complete, step_of
+from moestro.training.held_out import HeldOutCurve, held_out_evaluation, learning_curve
 from moestro.training.initialise import initialise
 from moestro.training.precision import faster_dtype
 from moestro.training.progress import MetricsFile, ProgressBar
 from moestro.training.recipe import Recipe
-from moestro.training.runs import METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run, read_metrics
+from moestro.training.runs import METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run
 from moestro.training.trainer import Interruption, PretrainingTrainer
 
 LOGS, CURVE_POINTS, CHECKPOINTS = 40, 6, 4
 """How many times a run logs, evaluates on a part of the held-out text, and writes a checkpoint."""
-CURVE_TOKENS = 8_192
-"""Held-out tokens of each point of a learning curve."""
 
 
 class Interrupted(Exception):
@@ -141,7 +140,7 @@ def build_trainer(
         aux=aux if model.config.has_experts else AuxLosses(),
         meter=RoutingMeter(training=True) if model.config.has_experts else None,
         tokens_per_step=recipe.training.batch_tokens,
-        held_out_loss=lambda: held_out_evaluation(model, recipe, data, CURVE_TOKENS).loss,
+        held_out=HeldOutCurve(model, recipe, data),
         held_out_every=every(recipe.training.steps, CURVE_POINTS),
         callbacks=[
             interruption,
@@ -230,7 +229,7 @@ def finish(
         tokens_per_second=trainer.tokens_per_second() or None,
         peak_memory_bytes=memory,
         seconds=seconds,
-        curve=learning_curve(folder),
+        curve=learning_curve(folder / METRICS),
         layers=evaluation.layers,
     )
     if trainer.is_world_process_zero():
@@ -239,31 +238,6 @@ def finish(
         np.savez(folder / "held_out.npz", nll=evaluation.nll, tokens=evaluation.tokens)
         write_record(run, folder / SUMMARY)
     return run
-
-
-def held_out_evaluation(
-    model: MoestroForCausalLM, recipe: Recipe, data: PreparedData, max_tokens: int | None = None
-) -> Evaluation:
-    """The model on the held-out rows, or on the first of them."""
-    length = recipe.training.sequence_length
-    return evaluate(
-        model,
-        data.held_out,
-        data.domains,
-        dtype=torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32,
-        max_rows=None if max_tokens is None else max(1, max_tokens // length),
-        routing=max_tokens is None,
-        compete=recipe.compete,
-    )
-
-
-def learning_curve(folder: Path) -> tuple[CurvePoint, ...]:
-    """The curve that metrics.jsonl holds."""
-    lines = read_metrics(folder / METRICS)
-    return tuple(
-        CurvePoint(step=x["step"], tokens=x["tokens"], loss=x["loss"], held_out_loss=x.get("held_out_loss"))
-        for x in lines
-    )
 
 
 @contextmanager

@@ -34,13 +34,13 @@ class PretrainingTrainer(Trainer):
         aux: AuxLosses,
         meter: RoutingMeter | None,
         tokens_per_step: int,
-        held_out_loss: Callable[[], float],
+        held_out: Callable[[], dict[str, float]],
         held_out_every: int,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.aux, self.meter, self.tokens_per_step = aux, meter, tokens_per_step
-        self.held_out_loss, self.held_out_every = held_out_loss, held_out_every
+        self.held_out, self.held_out_every = held_out, held_out_every
         self.step_seconds: list[float] = []
         self._task_loss: list[Tensor] = []
         self._logged_steps = 0
@@ -95,10 +95,11 @@ class PretrainingTrainer(Trainer):
             added["max_vio"] = max((f.max_vio_batch for f in figures.values()), default=0.0)
             added["dead_experts"] = sum(f.dead_experts for f in figures.values())
             self.meter.reset()
+        added |= {f"competition/{layer}/tokens": float(tokens) for layer, tokens in self.aux.competed().items()}
         step = self.state.global_step
         self._task_loss, self._logged_steps = [], step
         if step % self.held_out_every == 0 or step == self.state.max_steps:
-            added["held_out_loss"] = self.held_out_loss()
+            added |= self.held_out()
         return logs | added
 
     @property
