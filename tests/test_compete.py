@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from competing import OneLayer, batch, observed, run
 from moestro import AuxLosses, Compete, Misuse, reference
-from moestro.competition import PRESETS
+from moestro.competition import PRESETS, scaled
+from moestro.competition.scaling import response_sums, statistics_of
 from moestro.losses import distillation
 
 RULES = st.sampled_from(
@@ -279,3 +280,12 @@ def test_losses_without_competition_are_refused():
         AuxLosses(distillation=0.1)
     with pytest.raises(Misuse, match="set forward"):
         AuxLosses(diversity=0.1, compete=Compete(forward=False))
+
+
+def test_what_nobody_responded_to_is_not_scaled():
+    """A step whose tokens were all padding teaches no scale, and nothing becomes NaN by it."""
+    response = torch.rand(3, 4)
+    none = statistics_of(response_sums(response, torch.zeros(3, dtype=torch.bool)))
+    assert torch.equal(scaled(response, "mean", none), response)
+    torch.testing.assert_close(scaled(response, "standard", none), response - 1)
+    assert all(scaled(response, scale, none).isfinite().all() for scale in ("none", "mean", "standard"))

@@ -48,7 +48,6 @@ def agreement_figures(
     tokens, num_experts = response.shape
     k = chosen.shape[1]
     statistics = statistics_of(response_sums(response, torch.ones(tokens, dtype=torch.bool)))
-    assert statistics is not None
     strength = scaled(response, rule.scale, statistics)
     winner = strongest(strength, k)
     target = preferences(strength, winner, rule.target, rule.temperature)

@@ -138,8 +138,9 @@ class Proposal:
     """`select(banned=None, noise=None)`: the router's own rule once more, where `banned["tokens experts"]` cannot be
     chosen and `noise["tokens experts"]` is added to the logits, in units of their standard deviation over the token's
     experts. The weights are whatever the rule makes of the new choice."""
-    run: Callable[[Float[Tensor, "some dim"], Int[Tensor, "some k"]], Float[Tensor, "some k out"]]
-    """`run(hidden, expert)`: the outputs of any of the layer's experts on any tokens, not weighted."""
+    run: Callable[..., Float[Tensor, "some k out"]]
+    """`run(hidden["some dim"], expert["some k"])`: the outputs of any of the layer's experts on any tokens, not
+    weighted; without `expert`, of all of them."""
 
 
 Reroute = Callable[[Proposal], Routing]

@@ -88,7 +88,7 @@ class Competitor:
         rule = self.rule
         token, filled, key = self.competing(batch)
         response = responses(
-            lambda *asked: tap.answers(*asked, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
+            lambda part: tap.answers(part, None, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
         )
         contest = Competition(token=token, filled=filled, response=response, target=None, winner=None)
         if rule.scale != "none" and self.statistics is None:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from moestro.adapters.layers import routing_of
 from moestro.errors import Misuse
-from moestro.models.grouped_padded import PADDED_MM, unmixed
+from moestro.models.every_expert import every_expert
+from moestro.models.grouped_padded import PADDED_MM, compute_dtype, unmixed
 from moestro.routing import Batch, Competition, LayerRecord, MoELayer, Routing
 
 if TYPE_CHECKING:
@@ -112,17 +113,28 @@ class Tap:
         *args: Any,
     ) -> Float[Tensor, "tokens k out"]:
         """Each chosen expert's own output, by the backend in use."""
-        experts = self.layer.experts
-        backend = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-        if self.original is None and hasattr(experts, "is_transposed") and backend in (PADDED_MM, "grouped_mm"):
+        experts, backend = self.layer.experts, self.backend
+        if backend is not None:
             return unmixed(experts, hidden, index, backend)
         rows, one_each = hidden.repeat_interleave(index.shape[1], dim=0), torch.ones_like(weight).view(-1, 1)
         return self.run(rows, index.reshape(-1, 1), one_each, *args).view(*index.shape, -1)
 
+    @property
+    def backend(self) -> str | None:
+        """The experts backend in use, where it is one whose products can be had without its sum."""
+        experts = self.layer.experts
+        name = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+        known = self.original is None and hasattr(experts, "is_transposed") and name in (PADDED_MM, "grouped_mm")
+        return name if known else None
+
     def answers(
-        self, hidden: Float[Tensor, "some dim"], expert: Int[Tensor, "some k"], *args: Any
+        self, hidden: Float[Tensor, "some dim"], expert: Int[Tensor, "some k"] | None = None, *args: Any
     ) -> Float[Tensor, "some k out"]:
-        """The outputs of any experts on any tokens."""
+        """The outputs of any experts, by default of all, on any tokens."""
+        if expert is None and self.backend is not None:
+            return every_expert(self.layer.experts, hidden, compute_dtype(self.layer.experts, self.backend))
+        if expert is None:
+            expert = torch.arange(self.layer.num_experts, device=hidden.device).expand(len(hidden), -1)
         return self.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype), *args)
 
     def keep(self, router: nn.Module, args: Any, output: Any) -> None:

@@ -5,11 +5,11 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-Run = Callable[[Float[Tensor, "some dim"], Int[Tensor, "some k"]], Float[Tensor, "some k out"]]
-"""Runs any of a layer's experts on any tokens."""
+Run = Callable[[Float[Tensor, "some dim"]], Float[Tensor, "some experts out"]]
+"""Runs all of a layer's experts on any tokens."""
 
 NUMBERS = 2**22
 """Numbers of experts' outputs that are held at once."""
@@ -60,8 +60,5 @@ def responses(
     run: Run, hidden: Float[Tensor, "competing dim"], num_experts: int, respond: Response
 ) -> Float[Tensor, "competing experts"]:
     """Every expert's response to some tokens, without graph, fp32, in parts of bounded memory."""
-    parts = []
-    for part in hidden.split(max(1, NUMBERS // (num_experts * hidden.shape[1]))):
-        everyone = torch.arange(num_experts, device=hidden.device).expand(len(part), num_experts)
-        parts.append(respond(run(part, everyone).float()))
-    return torch.cat(parts)
+    parts = hidden.split(max(1, NUMBERS // (num_experts * hidden.shape[1])))
+    return torch.cat([respond(run(part).float()) for part in parts])

@@ -34,13 +34,15 @@ def response_sums(
     return torch.stack([filled.double().sum().expand(response.shape[1]), number.sum(0), number.square().sum(0)])
 
 
-def statistics_of(sums: Float[Tensor, "3 experts"]) -> ResponseStatistics | None:
-    """Mean and deviation from the sums; None where nothing was seen."""
-    if not bool(sums[0].min() > 0):
-        return None
-    mean = sums[1] / sums[0]
-    variance = (sums[2] / sums[0] - mean.square()).clamp_min(0)
-    return ResponseStatistics(mean=mean.float(), std=variance.sqrt().float())
+def statistics_of(sums: Float[Tensor, "3 experts"]) -> ResponseStatistics:
+    """Mean and deviation from the sums; both 1 where no token competed. Does not wait for the device to know that."""
+    seen = sums[0] > 0
+    number = torch.where(seen, sums[0], 1.0)
+    mean = sums[1] / number
+    variance = (sums[2] / number - mean.square()).clamp_min(0)
+    return ResponseStatistics(
+        mean=torch.where(seen, mean, 1.0).float(), std=torch.where(seen, variance.sqrt(), 1.0).float()
+    )
 
 
 def scaled(

@@ -48,7 +48,7 @@ def padded_mm_experts_forward(
         Per token, the sum over its experts of weight * output, in the dtype of `hidden_states`.
     """
     experts: Any = self  # the decorator and the model's own class set what is read below
-    layout, rows = _run(experts, hidden_states, top_k_index, _compute_dtype(experts.down_proj))
+    layout, rows = _run(experts, hidden_states, top_k_index, compute_dtype(experts, PADDED_MM))
     mixed = _Mix.apply(rows, top_k_weights, layout.row_of_pair, layout.pair_of_row, layout.token_of_row)
     return mixed.to(hidden_states.dtype)
 
@@ -61,9 +61,8 @@ def unmixed(
     The same matrix products row by row, without the copies that calling the backend with one expert per row takes.
     """
     experts: Any = self
-    # transformers' grouped_mm computes in the dtype of the weights, under autocast too.
-    dtype = _compute_dtype(experts.down_proj) if backend == PADDED_MM else experts.down_proj.dtype
-    layout, rows = _run(experts, hidden_states, top_k_index, dtype, padded=backend == PADDED_MM)
+    dtype, padded = compute_dtype(experts, backend), backend == PADDED_MM
+    layout, rows = _run(experts, hidden_states, top_k_index, dtype, padded=padded)
     return _Collect.apply(rows, layout.row_of_pair, layout.pair_of_row)
 
 
@@ -87,9 +86,11 @@ def _run(
     return layout, rows
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def compute_dtype(experts: Any, backend: str) -> torch.dtype:
+    """What `backend` multiplies in. transformers' grouped_mm takes the weights' dtype, under autocast too."""
+    weight = experts.down_proj
+    autocast = backend == PADDED_MM and torch.is_autocast_enabled(weight.device.type)
+    return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 
 def _linear(rows: Float[Tensor, "rows in"], experts: Any, name: str, layout: "_Layout") -> Float[Tensor, "rows out"]:

@@ -47,7 +47,7 @@ def learnt(measure: Measure, numbers: Sequence[Sequence[Sequence[Numbers]]]) -> 
         measure=measure,
         cells=tuple(fixed(value, measure.decimals) for value in means),
         spreads=tuple(spread(values, measure.decimals) for values in by_seed),
-        chances=tuple(fixed(value, measure.decimals) for value in chance) if measure.chance else (),
+        chances=tuple("" if value is None else fixed(value, measure.decimals) for value in chance),
         differences=tuple(
             signed(value - means[0], measure.decimals) if index and value is not None and means[0] is not None else ""
             for index, value in enumerate(means)

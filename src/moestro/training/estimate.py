@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from moestro.models.configuration import Dense
+from moestro.competition.responses import NUMBERS
+from moestro.models.configuration import Dense, MoE
 from moestro.models.counting import count_parameters
 from moestro.training.precision import faster_dtype, product_seconds
 from moestro.training.recipe import Recipe
@@ -55,6 +56,7 @@ def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float
     t = recipe.training
     config = recipe.model.config(t.sequence_length)
     count = count_parameters(config)
+    width = 2 if dtype == torch.bfloat16 else 4
     return Estimate(
         name=recipe.name,
         size=recipe.size,
@@ -64,7 +66,7 @@ def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float
         training_flops=recipe.training_flops(),
         tokens=t.tokens,
         sequence_length=t.sequence_length,
-        memory_bytes=16 * count.total + activation_bytes(recipe, 2 if dtype == torch.bfloat16 else 4),
+        memory_bytes=16 * count.total + activation_bytes(recipe, width) + answers_bytes(recipe, width),
         seconds=runs * t.tokens * recipe.training_flops() / speed,
         dtype=str(dtype).removeprefix("torch."),
         device_flops=speed,
@@ -90,3 +92,25 @@ def activation_bytes(recipe: Recipe, width: int) -> float:
         blocks.append(per_token)
     kept = max(blocks) + len(blocks) * model.hidden_size if t.checkpointing else sum(blocks)
     return float(tokens * width * kept)
+
+
+def answers_bytes(recipe: Recipe, width: int) -> float:
+    """What competition holds at once, `width` bytes a number: answers of all experts of one layer, a part at a time.
+
+    Where gradient goes through the winners' shares, their outputs too, in as many layers as compete in one step.
+    """
+    rule, t, model = recipe.compete, recipe.training, recipe.model
+    if rule is None:
+        return 0.0
+    tokens = t.micro_batch_tokens or t.batch_tokens
+    competing = tokens * (rule.rate if rule.by == "tokens" else 1.0)
+    specs = [spec for spec in model.block if isinstance(spec, MoE)]
+    answers = max(
+        min(competing * spec.num_experts, NUMBERS / model.hidden_size) * (2 * model.hidden_size + 3 * spec.width)
+        for spec in specs
+    )
+    kept = 0.0
+    if rule.through_weights:
+        layers = max(1, round(rule.share(model.num_moe_layers) * model.num_moe_layers))
+        kept = layers * tokens * max(spec.top_k for spec in specs) * model.hidden_size
+    return width * (answers + kept)
