@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 .PHONY: demo test slow types planted clean
 
 demo: .venv/installed
-	$(BIN)/moestro compare dense smoe fine-grained --seeds 2 --out runs/demo
+	$(BIN)/moestro compare smoe cartesian smoe+compete smoe+specialise cartesian+compete+specialise \
+		--seeds 2 --tokens 150_000 --out runs/demo
 
 test: .venv/installed-dev
 	$(BIN)/ruff format --check --quiet

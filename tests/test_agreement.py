@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro import AuxLosses, Compete, reroute
+from moestro import AuxLosses, Compete, RoutingMeter, observe, reroute
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import agreement_figures
 from moestro.competition import by_competition
@@ -27,7 +27,7 @@ def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     response = torch.rand(tokens, experts, generator=generator) + torch.arange(experts) * 0.2 + 0.1
     chosen = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)])
-    figures = agreement_figures(response, chosen, Compete(scale=scale, temperature=0.7))
+    figures = agreement_figures(response, chosen, Compete(response_scale=scale, temperature=0.7))
 
     mean = [sum(response[t, e].item() for t in range(tokens)) / tokens for e in range(experts)]
     std = [
@@ -59,7 +59,7 @@ def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
 
 def test_a_router_that_knows_and_one_that_sees_nothing():
     response = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
-    rule = Compete(scale="none")
+    rule = Compete(response_scale="none")
     knows = agreement_figures(response, response.topk(2).indices, rule)
     assert knows.agreement == 1
     assert knows.regret == pytest.approx(0, abs=1e-6)
@@ -115,3 +115,33 @@ def test_agreement_rises_where_a_router_is_taught():
                 aux.step()
     before, after = (sum(f.agreement for f in meter.figures().values()) for meter in meters)
     assert after > before
+
+
+def test_training_says_how_many_competed_and_whether_the_router_knew():
+    """Per layer, of the tokens that competed; in the first step nobody wins, for responses have no scale yet."""
+    tiny = tiny_models.build("qwen3_moe", padded=True)
+    model, records = tiny.model.train(), []
+    aux, meter = AuxLosses(compete=Compete(rate=0.4)), RoutingMeter(training=True)
+    with aux.attach(model), meter.attach(model), observe(model, records.append):
+        model(**tiny.inputs).loss.backward()
+        assert all(f.agreement is None and f.competing for f in meter.figures().values())
+        aux.step()
+        meter.reset()
+        records.clear()
+        model(**tiny.inputs).loss.backward()
+    mask = tiny.inputs["attention_mask"]
+    assert len({int(row.sum()) for row in mask}) > 1
+    for record, figures in zip(records, meter.figures().values(), strict=True):
+        met, proposed = record.competition, record.proposed.expert
+        rows = [row for row in range(len(met.token)) if met.filled[row]]
+        agreed = [len({*met.winner[row].tolist()} & {*proposed[met.token[row]].tolist()}) for row in rows]
+        assert figures.competing == len(rows) == sum(math.ceil(0.4 * int(row.sum())) for row in mask)
+        assert figures.agreement == pytest.approx(sum(agreed) / len(rows) / met.winner.shape[1])
+
+
+def test_nothing_is_said_of_competition_where_there_is_none():
+    tiny = tiny_models.build("qwen3_moe")
+    meter = RoutingMeter()
+    with meter.attach(tiny.model.eval()), torch.no_grad():
+        tiny.model(**tiny.inputs)
+    assert all(f.competing is None and f.agreement is None for f in meter.figures().values())

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moestro import AuxLosses, Misuse, MoestroConfig, MoestroForCausalLM, RoutingCallback, RoutingMeter
+from moestro import AuxLosses, Compete, Misuse, MoestroConfig, MoestroForCausalLM, RoutingCallback, RoutingMeter
 from moestro.adapters import moe_layers, observe
 from test_aux_losses import ragged_batch, tiny_model
 
@@ -422,6 +422,17 @@ def test_figures_that_are_not_finite_are_null_in_the_file(tmp_path: Path):
 
     trainer_of(tiny_model(), arguments(tmp_path, rows=4, accumulation=2), Poison(), callback).train()
     assert all(line["moe/entropy"] is None for line in lines_of(tmp_path))
+
+
+def test_competition_is_logged_where_experts_compete(tmp_path: Path):
+    trainer = trainer_of(tiny_model(), arguments(tmp_path), callback := RoutingCallback(per_layer=True))
+    with AuxLosses(distillation=0.1, compete=Compete(rate=0.5)).attach(trainer):
+        trainer.train()
+    assert callback.meter.sums == {}
+    for line in lines_of(tmp_path):
+        assert moe(line).keys() >= BRIEF | {"competing", "agreement"}
+        assert 0 <= line["moe/agreement"] <= 1
+        assert line["moe/competing"] == line["moe/model.layers.1.feed_forward.0/competing"] > 0
 
 
 RANKS = """

@@ -4,6 +4,7 @@ import pytest
 
 from moestro import Misuse
 from moestro.competition import PRESETS, Compete
+from moestro.training.fields import leaves
 from moestro.training.methods import METHODS
 from moestro.training.recipes import RECIPES, recipe
 
@@ -37,6 +38,20 @@ def test_methods_go_together_in_any_order():
     assert one.compete == other.compete
     assert one.losses.orthogonality > 0
     assert one.losses.distillation > 0
+
+
+@pytest.mark.parametrize("name", WITH_EXPERTS)
+def test_no_field_is_called_as_another_one(name):
+    """`balance=0.05` must mean one thing: fields of one name belong to one class."""
+    tree, owners = recipe(f"{name}+compete+specialise"), {}
+    for path in leaves(tree):
+        owner = tree
+        for part in path[:-1]:
+            owner = owner[part] if isinstance(part, int) else getattr(owner, part)
+        owners.setdefault(path[-1], set()).add(type(owner).__name__)
+    shared = {field: names for field, names in owners.items() if len(names) > 1}
+    assert shared.keys() <= {"width", "kind"}  # of dense and of MoE sub-layers: one meaning
+    assert recipe(f"{name}+compete:balance=0.05,scale=2").losses.balance == 0.05
 
 
 def test_a_part_of_a_run_becomes_steps():

@@ -48,7 +48,7 @@ def agreement_figures(
     tokens, num_experts = response.shape
     k = chosen.shape[1]
     statistics = statistics_of(response_sums(response, torch.ones(tokens, dtype=torch.bool)))
-    strength = scaled(response, rule.scale, statistics)
+    strength = scaled(response, rule.response_scale, statistics)
     winner = strongest(strength, k)
     target = preferences(strength, winner, rule.target, rule.temperature)
     over_mean = response / statistics.mean.abs().clamp_min(1e-12)

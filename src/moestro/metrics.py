@@ -47,6 +47,12 @@ class RoutingSums:
     """Tokens whose neighbours were looked at."""
     overlap: Float[Tensor, ""]
     overlap_shuffled: Float[Tensor, ""]
+    competing: Float[Tensor, ""]
+    """Tokens that competed."""
+    winners: Float[Tensor, ""]
+    """Experts that won one."""
+    agreed: Float[Tensor, ""]
+    """Winners that the router had chosen too."""
 
     def __add__(self, other: "RoutingSums") -> "RoutingSums":
         return RoutingSums(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
@@ -95,6 +101,10 @@ class RoutingFigures:
     overlap: float | None = None
     """Mean share of a token's `NEIGHBOURS` nearest tokens, by the layer's input, whose first expert is another."""
     overlap_shuffled: float | None = None
+    competing: int | None = None
+    """Tokens that competed; None where none did."""
+    agreement: float | None = None
+    """Share of the winners of their tokens that the router had chosen too; None where nobody won."""
 
     @property
     def domain_mutual_information_excess(self) -> float:
@@ -137,6 +147,7 @@ def routing_sums(record: LayerRecord, num_domains: int = 1, sample: LayerRecord 
         sequence_entropy=total_entropy(load_of_sequence),
         **cosine_sums(sample, one),
         **overlap_sums(sample, one),
+        **competition_sums(record, one),
     )
 
 
@@ -226,6 +237,19 @@ def foreign_neighbours(point: Float[Tensor, "points dim"], label: Int[Tensor, " 
     return (label[nearest] != label[:, None]).double().mean(-1)
 
 
+def competition_sums(record: LayerRecord, one: Float[Tensor, ""]) -> dict[str, Tensor]:
+    """Tokens that competed, and what the router knew of their winners; zeros where nobody did."""
+    met = record.competition
+    if met is None:
+        return dict.fromkeys(("competing", "winners", "agreed"), 0 * one)
+    sums = {"competing": met.filled.sum(dtype=torch.float64), "winners": 0 * one, "agreed": 0 * one}
+    if met.winner is not None:
+        known = (record.proposed.expert[met.token][:, :, None] == met.winner[:, None, :]).any(1)
+        sums["winners"] = met.filled.sum(dtype=torch.float64) * met.winner.shape[1]
+        sums["agreed"] = (known & met.filled[:, None]).sum(dtype=torch.float64)
+    return sums
+
+
 def subset(record: LayerRecord, token: Int[Tensor, " some"]) -> LayerRecord:
     """The record of some of its tokens, all of which must be valid."""
     routing, batch = record.routing, record.batch
@@ -281,6 +305,8 @@ def routing_figures(sums: RoutingSums) -> RoutingFigures:
         cosine_square=_mean(sums.cosine_square, sums.pairs),
         overlap=_mean(sums.overlap, sums.points),
         overlap_shuffled=_mean(sums.overlap_shuffled, sums.points),
+        competing=int(sums.competing) or None,
+        agreement=_mean(sums.agreed, sums.winners),
     )
 
 

@@ -23,7 +23,6 @@ from moestro.adapters.compete import Competitor
 from moestro.adapters.layer_losses import LayerLosses
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.native import native_balance_off
-from moestro.adapters.ranks import over_ranks
 from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
@@ -270,17 +269,6 @@ class AuxLosses:
         for state in self._layers:
             state.step()
         self.steps += 1
-
-    def competed(self) -> dict[str, int]:
-        """Tokens that competed in each layer since the last call, over all ranks (call it on all of them)."""
-        competitors = {state.layer.name: state.competitor for state in self._layers if state.competitor is not None}
-        if not competitors:
-            return {}
-        tokens = [each.competed for each in competitors.values()]
-        total = over_ranks(torch.stack([count.to(tokens[0].device) for count in tokens]))
-        for each in competitors.values():
-            each.competed = torch.zeros_like(each.competed)
-        return dict(zip(competitors, total.tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers (selection biases are part of the model)."""

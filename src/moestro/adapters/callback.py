@@ -39,6 +39,8 @@ LOGGED = {
     "cosine_square": "cosine_square",
     "overlap": "overlap",
     "overlap_shuffled": "overlap_shuffled",
+    "competing": "competing",
+    "agreement": "agreement",
 }
 """What is logged as `moe/NAME`, and the figure that it is."""
 
@@ -53,7 +55,8 @@ class RoutingCallback(TrainerCallback):
 
     Loss, gradients and random state are bit for bit what they are without it. In brief mode sums stay on the device,
     and are read once per log. Detailed mode adds cosines between a token's expert outputs, and the overlap of experts'
-    neighbourhoods, of a sample of tokens, in some steps only.
+    neighbourhoods, of a sample of tokens, in some steps only. Where experts compete, `moe/competing` is the number of
+    tokens that did, and `moe/agreement` the share of their winners that the router had chosen too.
 
     Args:
         mode: "brief" or "detailed".

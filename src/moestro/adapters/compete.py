@@ -45,8 +45,6 @@ class Competitor:
         """Of the responses since the last optimiser step."""
         self.seen: Tensor | None = None
         """Of earlier steps, ever less of them."""
-        self.competed = torch.zeros((), dtype=torch.long)
-        """Tokens that competed since somebody asked."""
         self.statistics: ResponseStatistics | None = None
         self.begin(0)
 
@@ -67,10 +65,8 @@ class Competitor:
         self.begin(step)
 
     def count(self, competition: Competition) -> None:
-        """Count a record's tokens, and add their responses to the statistics of the step, where it needs any."""
-        tokens = competition.filled.sum()
-        self.competed = self.competed.to(tokens.device) + tokens
-        if self.rule.scale == "none":
+        """Add a record's responses to the statistics of the step, where they need any."""
+        if self.rule.response_scale == "none":
             return
         sums = response_sums(competition.response, competition.filled)
         self.sums = sums if self.sums is None else self.sums + sums
@@ -91,9 +87,9 @@ class Competitor:
             lambda part: tap.answers(part, None, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
         )
         contest = Competition(token=token, filled=filled, response=response, target=None, winner=None)
-        if rule.scale != "none" and self.statistics is None:
+        if rule.response_scale != "none" and self.statistics is None:
             return Rerouted(proposed, contest)
-        strength = scaled(response, rule.scale, self.statistics)
+        strength = scaled(response, rule.response_scale, self.statistics)
         winner = strongest(strength, proposed.expert.shape[1], self.breaking(key))
         target = preferences(strength, winner, rule.target, rule.temperature)
         contest = replace(contest, target=target, winner=winner)
@@ -140,10 +136,10 @@ class Competitor:
 
         def weigh(outputs: Float[Tensor, "tokens k dim"]) -> Float[Tensor, "tokens k"]:
             response = rule.respond(outputs[token].float())
-            return by(scaled(response, rule.scale, self.statistics, winner)).weight
+            return by(scaled(response, rule.response_scale, self.statistics, winner)).weight
 
         routing = by(strength.gather(-1, winner))
-        if not rule.balance:
+        if not rule.balance_competing:
             routing = replace(
                 routing, logits=detached_at(routing.logits, token), scores=detached_at(routing.scores, token)
             )

@@ -15,15 +15,15 @@ from moestro.routing import Proposal, Reroute, Routing
 def by_competition(rule: Compete, statistics: Mapping[str, ResponseStatistics] | None = None) -> Reroute:
     """Every token goes to the experts that respond most, for `moestro.reroute`: the bound of what can be distilled.
 
-    `statistics`, by layer name, bring responses on one scale unless the rule's scale is none.
+    `statistics`, by layer name, bring responses on one scale unless its response_scale is none.
     """
-    if rule.scale != "none" and statistics is None:
-        raise Misuse(f"scale = {rule.scale} needs statistics of responses")
+    if rule.response_scale != "none" and statistics is None:
+        raise Misuse(f"response_scale = {rule.response_scale} needs statistics of responses")
 
     def compete(proposal: Proposal) -> Routing:
         layer, proposed = proposal.layer, proposal.routing
         response = responses(proposal.run, proposal.hidden, layer.num_experts, rule.respond)
-        strength = scaled(response, rule.scale, None if statistics is None else statistics[layer.name])
+        strength = scaled(response, rule.response_scale, None if statistics is None else statistics[layer.name])
         winner = strongest(strength, proposed.expert.shape[1])
         scores = None if proposed.scores is None else proposed.scores.gather(-1, winner)
         share = shares(strength.gather(-1, winner), rule.weights, rule.temperature, scores)

@@ -13,7 +13,7 @@ def v1_paper(num_layers: int) -> dict[str, Any]:
     Paper: Pham et al. 2024, arXiv:2402.02526. Departs from the paper: router and target are compared expert by expert,
     and the target is detached; rate, cap and coefficients are those of v2.
     """
-    rule = Compete(response="l2", scale="none", target="winners", weights="softmax", through_weights=True, **SCHEDULE)
+    rule = Compete(response="l2", target="winners", weights="softmax", **AS_PUBLISHED)
     return {"distillation": 1e-3 * num_layers, "distillation_form": "mse", "compete": rule}
 
 
@@ -33,7 +33,7 @@ def v2_code(num_layers: int) -> dict[str, Any]:
     the input is frozen, a schedule that starves the last layers, routers that start alike, and a balance loss on
     competition's own scores, through two softmaxes.
     """
-    rule = Compete(response="softplus", scale="none", weights="share", through_weights=True, **SCHEDULE)
+    rule = Compete(response="softplus", weights="share", **AS_PUBLISHED)
     return {
         "distillation": 1e-3 * num_layers,
         "distillation_form": "mse",
@@ -48,9 +48,18 @@ def ours(num_layers: int) -> dict[str, Any]:
     return {"distillation": 1e-2, "compete": Compete()}
 
 
-SCHEDULE: Mapping[str, Any] = MappingProxyType(
-    {"by": "steps", "rate": 0.07, "max_layers": 3, "balance": False, "tie_break": 0.0}
+AS_PUBLISHED: Mapping[str, Any] = MappingProxyType(
+    {
+        "response_scale": "none",
+        "through_weights": True,
+        "balance_competing": False,
+        "by": "steps",
+        "rate": 0.07,
+        "max_layers": 3,
+        "tie_break": 0.0,
+    }
 )
+"""What both papers share: responses as they are, steps in which some layers compete with all tokens."""
 PRESETS: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
     {"v1-paper": v1_paper, "v2-paper": v2_paper, "v2-code": v2_code, "ours": ours}
 )

@@ -18,7 +18,7 @@ class Compete:
 
     response: Response | str = "l2"
     """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.RESPONSES`), or a function of outputs."""
-    scale: Scale = "standard"
+    response_scale: Scale = "standard"
     temperature: float = 1.0
     """Of the target, and of the winners' softmax."""
     target: Target = "experts"
@@ -27,7 +27,7 @@ class Compete:
     weights: Weights = "softmax"
     through_weights: bool = False
     """Experts get gradient through their shares too, which takes every chosen expert's output by itself."""
-    balance: bool = True
+    balance_competing: bool = True
     """Losses on the router's scores (balance, variance, z) reach the router from competing tokens too."""
     by: By = "tokens"
     """tokens: some of each sequence, in every layer and step. steps: all of them, in some layers and steps."""
@@ -46,7 +46,7 @@ class Compete:
     def __post_init__(self) -> None:
         if isinstance(self.response, str) and self.response not in RESPONSES:
             raise Misuse(f"response must be one of {', '.join(RESPONSES)}, got {self.response!r}")
-        for name, choice in (("scale", Scale), ("target", Target), ("weights", Weights), ("by", By)):
+        for name, choice in (("response_scale", Scale), ("target", Target), ("weights", Weights), ("by", By)):
             if getattr(self, name) not in get_args(choice):
                 raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
         if not self.temperature > 0:
@@ -59,7 +59,7 @@ class Compete:
             raise Misuse(f"tie_break must be 0 or more, got {self.tie_break}")
         if self.end_step is not None and self.end_step <= self.start_step:
             raise Misuse(f"end_step must lie after start_step ({self.start_step}), got {self.end_step}")
-        if self.weights == "share" and (self.scale == "standard" or self.response not in POSITIVE):
+        if self.weights == "share" and (self.response_scale == "standard" or self.response not in POSITIVE):
             raise Misuse(f"weights = share needs one of the responses {', '.join(sorted(POSITIVE))}, not standardised")
         if self.through_weights and (self.weights == "router" or not self.forward):
             raise Misuse("through_weights needs forward, and weights that are made of responses")

@@ -94,8 +94,8 @@ class PretrainingTrainer(Trainer):
             figures = self.meter.figures()
             added["max_vio"] = max((f.max_vio_batch for f in figures.values()), default=0.0)
             added["dead_experts"] = sum(f.dead_experts for f in figures.values())
+            added |= {f"competition/{layer}/tokens": f.competing for layer, f in figures.items() if f.competing}
             self.meter.reset()
-        added |= {f"competition/{layer}/tokens": float(tokens) for layer, tokens in self.aux.competed().items()}
         step = self.state.global_step
         self._task_loss, self._logged_steps = [], step
         if step % self.held_out_every == 0 or step == self.state.max_steps:
