@@ -1,7 +1,7 @@
 """Write the held-out text of a comparison, one file per domain: what `moestro inspect --data` shall look at.
 
-    python scripts/held_out_text.py OUT --data law=law.jsonl.gz fiction=novels/ --max-held-out-bytes 131072
-    moestro inspect runs/NAME/seed-0/model --robustness --data law=OUT/law.jsonl fiction=OUT/fiction.jsonl
+python scripts/held_out_text.py OUT --data law=law.jsonl.gz fiction=novels/ --max-held-out-bytes 131072
+moestro inspect runs/NAME/seed-0/model --robustness --data law=OUT/law.jsonl fiction=OUT/fiction.jsonl
 """
 
 import json

@@ -9,6 +9,7 @@ from moestro.agreement import AgreementFigures
 from moestro.comparison import (
     Budget,
     Comparison,
+    CompetedLoss,
     ComposedStatistics,
     CurvePoint,
     Data,
@@ -123,7 +124,8 @@ def competing(comparison: Comparison) -> Comparison:
             for p in value.curve
         )
         layers = tuple(layer(one, known + 0.01 * value.seed) for one in value.layers)
-        return replace(value, curve=curve if layers else value.curve, layers=layers)
+        competed = CompetedLoss(tokens=8192, router=4.1, competition=4.1 + 0.2 * (1 - known)) if layers else None
+        return replace(value, curve=curve if layers else value.curve, layers=layers, competed=competed)
 
     recipes = tuple(
         replace(recipe, competes=index == 2, runs=tuple(run(each, (0.3, 0.3, 0.7)[index]) for each in recipe.runs))

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from agreement import small_model
-from moestro import MoE
+from moestro import Compete, MoE, reroute
+from moestro.competition import by_competition
 from moestro.data.packing import PackedRows, write_stream
 from moestro.evaluation import evaluate, held_out
 from test_aux_losses import tiny_model
@@ -86,6 +87,19 @@ def test_a_part_of_the_rows(rows: PackedRows):
     result = evaluate(tiny_model(), rows, ["a", "b"], max_rows=1, routing=False)
     assert result.tokens.sum() == 15
     assert result.layers == ()
+
+
+def test_the_loss_if_all_experts_competed_stands_beside_the_routers(rows: PackedRows):
+    """A rule of responses as they are needs no statistics, so the same can be had by hand."""
+    model, rule = tiny_model(), Compete(response_scale="none", temperature=0.5)
+    found = evaluate(model, rows, ["a", "b"], compete=rule)
+    assert found.competed.tokens == found.tokens.sum()
+    assert found.competed.router == pytest.approx(found.loss)
+    with reroute(model, by_competition(rule)):
+        by_hand = evaluate(model, rows, ["a", "b"], routing=False)
+    assert found.competed.competition == pytest.approx(by_hand.loss)
+    assert by_hand.loss != pytest.approx(found.loss)
+    assert evaluate(model, rows, ["a", "b"], routing=False).competed is None
 
 
 def test_composed_sub_layers_say_what_they_owe_to_each_other(rows: PackedRows):

@@ -242,6 +242,7 @@ def test_what_routers_learnt_is_told_by_recipe():
     assert agreement.differences == ("", "+0.400")
     assert rows["overlap"].chances == ("0.900", "0.900")
     assert rows["regret"].differences == ("", "−0.120")
+    assert rows["competed"].cells == ("0.140", "0.060")
     assert rows["composed"].cells == ("–", "0.310")  # of the blocks that have two sub-layers
     assert rows["composed"].differences == ("", "")
 
@@ -249,7 +250,7 @@ def test_what_routers_learnt_is_told_by_recipe():
 def test_competition_is_no_measure_where_nothing_competes():
     fields = {row.measure.field for row in learnt_rows(make_comparison((0,)))}
     assert {"max_vio_batch", "domain_mutual_information", "composed"} <= fields
-    assert not {"agreement", "regret"} & fields
+    assert not {"agreement", "regret", "competed"} & fields
     assert all(row.spreads == ("", "") for row in learnt_rows(make_comparison((0,))))
     dense = make_comparison((0,))
     assert learnt_rows(replace(dense, recipes=dense.recipes[:1])) == ()

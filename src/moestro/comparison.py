@@ -139,6 +139,15 @@ class LayerStatistics:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompetedLoss:
+    """The loss on a part of the held-out text, and what it would be if experts competed for every token there."""
+
+    tokens: int
+    router: float
+    competition: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One recipe trained with one seed."""
 
@@ -150,6 +159,8 @@ class Run:
     curve: tuple[CurvePoint, ...]
     layers: tuple[LayerStatistics, ...] = ()
     """The MoE layers from the first block to the last; empty for a dense model."""
+    competed: CompetedLoss | None = None
+    """None for a dense model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

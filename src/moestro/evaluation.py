@@ -14,10 +14,11 @@ from torch.nn.functional import cross_entropy
 
 from moestro.adapters.composed import ComposedFigures, ComposedMeter
 from moestro.adapters.meter import RoutingMeter
+from moestro.adapters.reroute import reroute
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
-from moestro.comparison import ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
-from moestro.competition import Compete
+from moestro.comparison import CompetedLoss, ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
+from moestro.competition import Compete, by_competition
 from moestro.data.packing import PackedRows
 from moestro.joint_routing import JointFigures
 
@@ -35,6 +36,7 @@ class Evaluation:
     """Summed negative log-likelihood of each document, in nats."""
     tokens: Int[np.ndarray, " documents"]
     layers: tuple[LayerStatistics, ...]
+    competed: CompetedLoss | None = None
 
     @property
     def loss(self) -> float:
@@ -72,6 +74,7 @@ def evaluate(
     has_experts = routing and bool(getattr(model.config, "has_experts", False))  # type: ignore[union-attr]
     composed: dict[str, ComposedFigures] = {}
     agreement: dict[str, AgreementFigures] = {}
+    competed: CompetedLoss | None = None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         with meter.attach(model) if has_experts else nullcontext() as current:
             for start in range(0, len(mine), batch_rows):
@@ -81,13 +84,13 @@ def evaluate(
                 add_losses(sums, model, batch)
         if has_experts:
             composed = composed_figures(model, rows, batch_rows)
-            agreement = agreement_on(model, rows, batch_rows, compete)
+            agreement, competed = beside_competition(model, rows, batch_rows, compete)
     if ranks > 1:
         dist.all_reduce(sums)
     model.train(was_training)
     nll, tokens = sums.cpu().numpy()
     layers = layer_statistics(meter, domains, composed, agreement)
-    return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layers)
+    return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layers, competed=competed)
 
 
 @torch.no_grad()
@@ -102,22 +105,32 @@ def composed_figures(model: nn.Module, rows: PackedRows, batch_rows: int) -> dic
 
 
 @torch.no_grad()
-def agreement_on(
+def beside_competition(
     model: nn.Module, rows: PackedRows, batch_rows: int, compete: Compete | None
-) -> dict[str, AgreementFigures]:
-    """The router beside what competition would choose, on the first `RESPONSE_TOKENS`; on every rank the same."""
+) -> tuple[dict[str, AgreementFigures], CompetedLoss]:
+    """The routers beside what competition would choose, and the loss if it did, on the first `RESPONSE_TOKENS`.
+
+    On every rank the same. The scale of responses is that of these tokens.
+    """
     meter = ResponseMeter(compete)
     with meter.attach(model):
-        run_on_first(model, rows, batch_rows, RESPONSE_TOKENS)
-    return meter.figures()
+        by_router = run_on_first(model, rows, batch_rows, RESPONSE_TOKENS)
+    with reroute(model, by_competition(meter.rule, meter.statistics())):
+        by_all = run_on_first(model, rows, batch_rows, RESPONSE_TOKENS)
+    tokens = by_router[1].sum()
+    return meter.figures(), CompetedLoss(
+        tokens=int(tokens), router=float(by_router[0].sum() / tokens), competition=float(by_all[0].sum() / tokens)
+    )
 
 
-def run_on_first(model: nn.Module, rows: PackedRows, batch_rows: int, tokens: int) -> None:
-    """Run the model on the first rows, about so many tokens, for whoever looks."""
+def run_on_first(model: nn.Module, rows: PackedRows, batch_rows: int, tokens: int) -> Float[Tensor, "2 documents"]:
+    """Run the model on the first rows, about so many tokens, for whoever looks; returns what `add_losses` adds up."""
     device = next(model.parameters()).device
+    sums = torch.zeros(2, len(rows.document_domain), dtype=torch.float64, device=device)
     last = min(len(rows), max(1, tokens // rows.sequence_length))
     for start in range(0, last, batch_rows):
-        model(**inputs_of(collate(rows, range(start, min(last, start + batch_rows)), device)), use_cache=False)
+        add_losses(sums, model, collate(rows, range(start, min(last, start + batch_rows)), device))
+    return sums
 
 
 def collate(rows: PackedRows, indices: Sequence[int], device: torch.device) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moestro.comparison import Comparison, LayerStatistics, RecipeResult
+from moestro.comparison import Comparison, LayerStatistics, RecipeResult, Run
 from moestro.report.measures import Measure, measures
 from moestro.report.numbers import fixed, mean, signed
 
@@ -28,7 +28,7 @@ def learnt_rows(comparison: Comparison) -> tuple[Learnt, ...]:
     """The measures of all recipes with experts; of competition only where a recipe has it."""
     sparse = with_experts(comparison)
     competes = any(recipe.competes for recipe in sparse)
-    numbers = [[[layer_numbers(layer, competes) for layer in run.layers] for run in recipe.runs] for recipe in sparse]
+    numbers = [[run_numbers(run, competes) for run in recipe.runs] for recipe in sparse]
     everything = [layer for runs in numbers for layers in runs for layer in layers]
     return tuple(learnt(measure, numbers) for measure in measures(everything))
 
@@ -65,6 +65,13 @@ def spread(values: Sequence[float | None], decimals: int) -> str:
     """The standard deviation over seeds."""
     known = [value for value in values if value is not None]
     return f"± {fixed(statistics.stdev(known), decimals)}" if len(known) > 1 else ""
+
+
+def run_numbers(run: Run, competes: bool) -> list[dict[str, float | None]]:
+    """The numbers of every layer of a run, and in one more entry what is of the run as a whole."""
+    layers = [layer_numbers(layer, competes) for layer in run.layers]
+    gain = None if run.competed is None else run.competed.competition - run.competed.router
+    return [*layers, {"competed": gain}] if competes else layers
 
 
 def layer_numbers(layer: LayerStatistics, competes: bool) -> dict[str, float | None]:

@@ -147,6 +147,13 @@ KNOWN = (
         meaning="Share of the winners' responses, each over its expert's mean, that the router's choice loses.",
     ),
     Measure(
+        field="competed",
+        title="competing at test",
+        unit="nats",
+        meaning="Loss on a part of the held-out text if all experts competed for every token, less the router's: what a "
+        "router that knew all winners would gain or lose.",
+    ),
+    Measure(
         field="target_entropy",
         title="entropy of the target",
         unit="of an even one",

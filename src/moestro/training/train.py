@@ -231,6 +231,7 @@ def finish(
         seconds=seconds,
         curve=learning_curve(folder / METRICS),
         layers=evaluation.layers,
+        competed=evaluation.competed,
     )
     if trainer.is_world_process_zero():
         model.save_pretrained(folder / "model")
