@@ -150,8 +150,8 @@ KNOWN = (
         field="competed",
         title="competing at test",
         unit="nats",
-        meaning="Loss on a part of the held-out text if all experts competed for every token, less the router's: what a "
-        "router that knew all winners would gain or lose.",
+        meaning="Loss on a part of the held-out text if all experts competed for every token, less the router's: what "
+        "a router that knew all winners would gain or lose.",
     ),
     Measure(
         field="target_entropy",
