@@ -59,6 +59,11 @@ class ResponseMeter:
                 found[name] = statistics_of(response_sums(response, torch.ones(len(response), dtype=torch.bool)))
         return found
 
+    @property
+    def layers(self) -> list[str]:
+        """The layers of the model, whether they were seen or not."""
+        return list(self._response)
+
     def chosen(self) -> dict[str, Int[Tensor, "tokens k"]]:
         """Of each layer that was seen: what the router chose for the tokens that were looked at."""
         return {name: torch.cat(parts) for name, parts in self._chosen.items() if parts}

@@ -1,11 +1,10 @@
 """The held-out text: what is measured on a part of it while a run trains, and on all of it at the end."""
 
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from moestro.adapters.ranks import over_ranks
@@ -22,7 +21,7 @@ CURVE_TOKENS = 8_192
 """Held-out tokens of each point of a learning curve."""
 DRAWN = ("agreement", "static_agreement", "regret", "target_entropy", "response", "changed")
 """What a learning curve keeps of the router beside competition."""
-LOGGED = tuple(f.name for f in fields(AgreementFigures) if f.name != "tokens")
+LOGGED = (*(f.name for f in fields(AgreementFigures) if f.name != "tokens"), "changed")
 
 
 def held_out_evaluation(
@@ -77,20 +76,24 @@ class HeldOutCurve:
     def beside_competition(self, meter: ResponseMeter) -> dict[str, float]:
         """What the meter saw, layer by layer and in the mean."""
         chosen, figures = meter.chosen(), meter.figures()
-        names = [*LOGGED, *(["changed"] if self.before else [])]
-        rows = [
-            [getattr(figure, name) for name in LOGGED]
-            + ([changed(self.before[layer], chosen[layer])] if self.before else [])
-            for layer, figure in figures.items()
-        ]
+        sums = torch.zeros(2, len(meter.layers), len(LOGGED), dtype=torch.float64)  # of values, and of who knows them
+        for index, layer in enumerate(meter.layers):
+            if layer in figures:  # a rank without a row takes part in the reduction all the same
+                known = asdict(figures[layer])
+                if layer in self.before:
+                    known["changed"] = changed(self.before[layer], chosen[layer])
+                for place, name in enumerate(LOGGED):
+                    if name in known:
+                        sums[:, index, place] = torch.tensor([known[name], 1.0])
         self.before = chosen
-        if not rows:
-            return {}
-        mean = over_ranks(torch.tensor(rows, dtype=torch.float64, device=self.model.device))
-        mean = (mean / (dist.get_world_size() if dist.is_initialized() else 1)).cpu()
-        logged = {f"competition/{name}": value for name, value in zip(names, mean.mean(0).tolist(), strict=True)}
-        for layer, values in zip(figures, mean.tolist(), strict=True):
-            logged |= {f"competition/{layer}/{name}": value for name, value in zip(names, values, strict=True)}
+        total, count = over_ranks(sums.to(self.model.device)).cpu()
+        logged = {}
+        for place, name in enumerate(LOGGED):
+            if count[:, place].sum() == 0:
+                continue
+            mean = (total[:, place] / count[:, place].clamp_min(1)).tolist()
+            logged[f"competition/{name}"] = sum(mean) / len(mean)
+            logged |= {f"competition/{layer}/{name}": value for layer, value in zip(meter.layers, mean, strict=True)}
         return logged
 
 
