@@ -343,7 +343,7 @@ BUGS = [
     ),
     Bug(
         "random choices depend on padding",
-        "perturbations.py",
+        "randomness.py",
         "+ place) * valid",
         "+ place)",
         "test_perturbations",

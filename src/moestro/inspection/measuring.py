@@ -271,8 +271,9 @@ def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -
 
 
 def numbers(figures: RoutingFigures) -> dict[str, float | None]:
-    """Every field that is one number."""
-    values = {field.name: getattr(figures, field.name) for field in dataclasses.fields(figures)}
+    """Every field that is one number, but for those that only training knows."""
+    names = [field.name for field in dataclasses.fields(figures) if field.name not in ("competing", "agreement")]
+    values = {name: getattr(figures, name) for name in names}
     return {
         name: float(value) if value is not None and math.isfinite(value) else None
         for name, value in values.items()
