@@ -88,13 +88,6 @@ COMPETITION = [
         "test_compete_families::test_a_resumed_run_goes_on_as_it_was",
     ),
     Bug(
-        "competition: responses of a recomputation counted too",
-        "adapters/layer_losses.py",
-        "record.competition is not None and not record.recomputed:",
-        "record.competition is not None:",
-        "test_compete_families::test_recomputation_competes_alike",
-    ),
-    Bug(
         "competition: tokens chosen by place, not by content",
         "competition/schedule.py",
         "by_key = hashed(key).masked_fill",

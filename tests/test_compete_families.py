@@ -71,6 +71,18 @@ def test_recomputation_competes_alike(package: str, options: dict):
     assert_equal(again, plain, 0.0)
 
 
+def test_a_recomputation_is_not_counted_again():
+    tiny = tiny_models.build("mixtral", padded=True)
+    tiny.model.gradient_checkpointing_enable()
+    aux = AuxLosses(**COMPETE)
+    with aux.attach(tiny.model.train()):
+        tiny.model(**tiny.inputs).loss.backward()
+        aux.step()
+    competing = sum(-(-int(row.sum()) // 2) for row in tiny.inputs["attention_mask"])
+    for layer in aux.state_dict()["layers"].values():
+        assert set(layer["responses"][0]) == {float(competing)}
+
+
 def test_under_lora_the_adapted_experts_compete_and_the_router_learns():
     tiny = tiny_models.build("mixtral", padded=True)
     adapted = lora(copy.deepcopy(tiny.model))
