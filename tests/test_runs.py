@@ -222,10 +222,14 @@ def test_misuse_is_one_line(arguments: list[str], message: str, monkeypatch, cap
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same(corpus: list[str], tmp_path: Path, uninterrupted: Path):
-    process = start("train", RECIPE, "--compile", "True", "--out", str(tmp_path / "compiled"), *corpus, *TRAIN)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    assert "recompile_limit" not in errors
-    ours, theirs = losses(tmp_path / "compiled"), losses(uninterrupted)
-    assert [line[1] for line in ours] == pytest.approx([line[1] for line in theirs], rel=2e-3)
+def test_a_compiled_run_learns_the_same(corpus: list[str], tmp_path: Path):
+    recipe, found = RECIPE.replace("+compete", "").replace("rate=0.1,", ""), []
+    for compiled in ("True", "False"):
+        folder = tmp_path / compiled
+        process = start("train", recipe, "--compile", compiled, "--out", str(folder), *corpus, *TRAIN)
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
+        assert "recompile_limit" not in errors
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["loss"] for line in lines])
+    assert found[0] == pytest.approx(found[1], rel=2e-3)
