@@ -13,6 +13,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+MEASURES = (
+    ("MaxVio", ("max_vio_data",), 2),
+    ("domain information", ("domain_mutual_information", "domain_mutual_information_shuffled"), 3),
+    ("cosine", ("cosine",), 3),
+    ("composed", ("composed",), 2),
+    ("pair information", ("pair_information", "pair_information_shuffled"), 2),
+    ("agreement", ("agreement",), 3),
+    ("best fixed choice", ("agreement_shuffled",), 3),
+    ("regret", ("regret",), 3),
+)
+"""Titles of columns, the figures of a layer they show (above chance where that is the second), decimals."""
+
 
 def finished(folder: Path) -> Iterator[dict[str, Any]]:
     """Every run below the folder that has a summary."""
@@ -26,8 +38,7 @@ def finished(folder: Path) -> Iterator[dict[str, Any]]:
 def row(run: dict[str, Any], domains: list[str]) -> str:
     """One run as a line of the table."""
     training, summary = run["recipe"]["training"], run["summary"]
-    held_out, layers = summary["held_out"], summary["layers"]
-    composed = [layer["composed"] for layer in layers if layer.get("composed")]
+    held_out, layers, competed = summary["held_out"], summary["layers"], summary["competed"]
     cells = [
         run["recipe"]["name"],
         f"{training['learning_rate']:g}",
@@ -35,18 +46,21 @@ def row(run: dict[str, Any], domains: list[str]) -> str:
         str(run["seed"]),
         f"{held_out['loss']:.4f}",
         *(f"{held_out['domains'][domain]['loss']:.3f}" for domain in domains),
-        f"{mean([layer['max_vio_data'] for layer in layers]):.2f}" if layers else "",
-        f"{mean([c['size'] for c in composed]):.2f}" if composed else "",
-        f"{mean([c['mutual_information'] - c['mutual_information_shuffled'] for c in composed]):.2f}"
-        if composed
-        else "",
+        *(cell(measured(layers, *names), decimals) for _, names, decimals in MEASURES),
+        cell(competed and competed["competition"] - competed["router"], 3),
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def mean(values: list[float]) -> float:
-    """Their arithmetic mean."""
-    return sum(values) / len(values)
+def measured(layers: list[dict[str, Any]], name: str, chance: str | None = None) -> float | None:
+    """Mean over layers of a number, above chance where that is named; None where no layer has it."""
+    figures = [layer["figures"] for layer in layers if layer["figures"].get(name) is not None]
+    return sum(f[name] - (f[chance] if chance else 0.0) for f in figures) / len(figures) if figures else None
+
+
+def cell(value: float | None, decimals: int) -> str:
+    """A number, or nothing."""
+    return "" if value is None else f"{value:.{decimals}f}"
 
 
 def main() -> None:
@@ -60,9 +74,8 @@ def main() -> None:
         "seed",
         "held-out loss",
         *domains,
-        "MaxVio",
-        "composed",
-        "pair information",
+        *(title for title, _, _ in MEASURES),
+        "competing at test",
     ]
     print(f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1), sep="\n")
     for run in runs:

@@ -5,12 +5,10 @@ from functools import cache
 
 import numpy as np
 
-from moestro.agreement import AgreementFigures
 from moestro.comparison import (
     Budget,
     Comparison,
     CompetedLoss,
-    ComposedStatistics,
     CurvePoint,
     Data,
     DomainLoss,
@@ -104,17 +102,18 @@ def competing(comparison: Comparison) -> Comparison:
     """The same where experts compete in the last recipe; what its routers know of it rises while it trains."""
 
     def layer(value: LayerStatistics, known: float) -> LayerStatistics:
-        figures = AgreementFigures(
-            tokens=512,
-            agreement=known,
-            static_agreement=0.2,
-            regret=0.3 * (1 - known),
-            target_entropy=0.93,
-            spread=0.11,
-            response=1.5,
-            winners_max_vio=0.8,
-        )
-        return replace(value, competition=figures, cosine=0.2, overlap=0.5, overlap_shuffled=0.9)
+        figures = {
+            "agreement": known,
+            "agreement_shuffled": 0.2,
+            "regret": 0.3 * (1 - known),
+            "target_entropy": 0.93,
+            "response": 1.5,
+            "winners_max_vio": 0.8,
+            "cosine": 0.2,
+            "overlap": 0.5,
+            "overlap_shuffled": 0.9,
+        }
+        return replace(value, figures=value.figures | figures)
 
     def run(value: Run, known: float) -> Run:
         curve = tuple(
@@ -234,45 +233,42 @@ def _curve(final: float, own: np.random.Generator) -> tuple[CurvePoint, ...]:
 
 def _layers(own: np.random.Generator, sub_layers: int) -> tuple[LayerStatistics, ...]:
     """MoE layers, so many to a block."""
-    layers = [_layer(f"model.layers.{i // sub_layers}.feed_forward.{i % sub_layers}", i, own) for i in range(LAYERS)]
-    return tuple(
-        replace(layer, composed=_composed(layers[i - 1], layer)) if i % sub_layers else layer
-        for i, layer in enumerate(layers)
-    )
+    layers = [_layer(i, sub_layers, own) for i in range(LAYERS)]
+    return tuple(_composed(layers[i - 1], layer) if i % sub_layers else layer for i, layer in enumerate(layers))
 
 
-def _composed(before: LayerStatistics, layer: LayerStatistics) -> ComposedStatistics:
+def _composed(before: LayerStatistics, layer: LayerStatistics) -> LayerStatistics:
     """Independent choices, but that expert 1 always follows expert 0."""
     histogram = np.outer(before.load, layer.load)
     histogram[0] = 0.0
     histogram[0, 1] = before.load[0]
-    return ComposedStatistics(
-        size=0.31,
-        rerouted=0.27,
-        histogram=tuple(tuple(row.tolist()) for row in histogram),
-        mutual_information=0.18,
-        mutual_information_shuffled=0.004,
-    )
+    figures = {"composed": 0.31, "rerouted": 0.27, "pair_information": 0.18, "pair_information_shuffled": 0.004}
+    pairs = tuple(tuple(row.tolist()) for row in histogram)
+    return replace(layer, figures=layer.figures | figures, pairs=pairs)
 
 
-def _layer(name: str, depth: int, own: np.random.Generator) -> LayerStatistics:
+def _layer(depth: int, sub_layers: int, own: np.random.Generator) -> LayerStatistics:
     taste = own.normal(scale=0.25 + 0.3 * depth, size=(len(DOMAINS), EXPERTS))
     load = np.exp(taste) / np.exp(taste).sum(axis=1, keepdims=True)
     if depth == 0:
         load[:, 5] = 0.0
         load /= load.sum(axis=1, keepdims=True)
     overall = load.mean(axis=0)
+    block, place = divmod(depth, sub_layers)
     return LayerStatistics(
-        name=name,
+        name=f"model.layers.{block}.feed_forward.{place}",
+        label=f"{block}.{place}" if sub_layers > 1 else str(block),
         load=tuple(overall.tolist()),
         domain_load={domain: tuple(row.tolist()) for domain, row in zip(DOMAINS, load, strict=True)},
-        max_vio_batch=float(overall.max() * EXPERTS - 1) + 0.08,
-        max_vio_data=float(overall.max() * EXPERTS - 1),
-        dead_experts=int((overall == 0).sum()),
-        entropy=2.1 - 0.2 * depth,
-        confidence=0.22 + 0.05 * depth,
-        mutual_information=0.9 - 0.15 * depth,
-        domain_mutual_information=0.04 + 0.05 * depth,
+        figures={
+            "max_vio_batch": float(overall.max() * EXPERTS - 1) + 0.08,
+            "max_vio_data": float(overall.max() * EXPERTS - 1),
+            "dead_experts": float((overall == 0).sum()),
+            "entropy": 2.1 - 0.2 * depth,
+            "confidence": 0.22 + 0.05 * depth,
+            "mutual_information": 0.9 - 0.15 * depth,
+            "domain_mutual_information": 0.04 + 0.05 * depth,
+        },
     )
 
 

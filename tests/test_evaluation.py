@@ -79,7 +79,7 @@ def test_routing_is_counted_per_domain(rows: PackedRows):
     for layer in result.layers:
         assert sum(layer.load) == pytest.approx(1)
         assert all(sum(load) == pytest.approx(1) for load in layer.domain_load.values())
-        assert layer.max_vio_data == pytest.approx(max(layer.load) * 4 - 1)
+        assert layer.figures["max_vio_data"] == pytest.approx(max(layer.load) * 4 - 1)
     assert result.layers == evaluate(tiny_model(), rows, ["a", "b"]).layers
 
 
@@ -106,10 +106,10 @@ def test_composed_sub_layers_say_what_they_owe_to_each_other(rows: PackedRows):
     half = MoE(num_experts=4, top_k=2, width=8, num_shared=1)
     model = small_model(feed_forward=[[half, half], [half]], num_hidden_layers=2)
     first, second, alone = evaluate(model, rows, ["a", "b"]).layers
-    assert first.composed is None
-    assert alone.composed is None
+    assert (first.label, second.label, alone.label) == ("0.0", "0.1", "1")
+    assert first.pairs is None
+    assert alone.pairs is None
     assert second.name == "model.layers.0.feed_forward.1"
-    assert second.composed is not None
-    assert second.composed.size is not None
-    assert second.composed.size > 0
-    assert np.array(second.composed.histogram).shape == (4, 4)
+    assert second.figures["composed"] is not None
+    assert second.figures["composed"] > 0
+    assert np.array(second.pairs).shape == (4, 4)

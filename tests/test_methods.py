@@ -66,7 +66,6 @@ def test_a_part_of_a_run_becomes_steps():
         ("smoe+compete:start=0.5,end=0.2", "start and end must be shares of a run"),
         ("smoe+compete:rate=2", "rate must be above 0 and at most 1, got 2.0"),
         ("smoe+compete:response=loud", "response must be one of"),
-        ("smoe+compete:compile=true", "compile does not go with competition yet"),
         ("smoe:compete=true", r"compete is set by a variant, as in smoe\+compete, got 'true'"),
         ("smoe:rate=0.1", "unknown field 'rate'"),
         ("smoe:distillation=0.1", "set compete"),

@@ -13,9 +13,10 @@ from sklearn.metrics.cluster import expected_mutual_information as sklearn_expec
 from torch import nn
 
 from moestro.information import expected_mutual_information, mutual_information
-from moestro.metrics import no_sums, routing_figures, routing_sums, subset
+from moestro.metrics import no_sums, routing_figures, routing_sums
 from moestro.routers import RouterRule, route
 from moestro.routing import Batch, LayerRecord, MoELayer, Routing
+from moestro.samples import subset
 
 
 def layer_of(num_experts: int, top_k: int) -> MoELayer:

@@ -11,7 +11,7 @@ from comparison_fixture import HOSTILE, competing, hostile, make_comparison
 from moestro.comparison import CurvePoint
 from moestro.report.curves import MAX_POINTS, learning_curves
 from moestro.report.forest import forest
-from moestro.report.heatmaps import domain_figure, expert_figures, labels, load_figure, moe_recipes
+from moestro.report.heatmaps import domain_figure, expert_figures, load_figure, moe_recipes
 
 
 def _with_curve(comparison, curve):
@@ -128,22 +128,12 @@ def test_pairs_are_measured_against_independent_choices():
     shown = runs["2/0"]["pairs"]
     assert [pair["title"] for pair in shown] == ["layer 0.0 by layer 0.1", "layer 1.0 by layer 1.1"]
     (trace,) = shown[1]["figure"]["data"]
-    composed = make_comparison((0,)).recipes[2].runs[0].layers[3].composed
-    assert composed is not None
-    later = [sum(column) for column in zip(*composed.histogram, strict=True)]
+    pairs = make_comparison((0,)).recipes[2].runs[0].layers[3].pairs
+    assert pairs is not None
+    later = [sum(column) for column in zip(*pairs, strict=True)]
     assert trace["customdata"][0][0] == 0
     assert trace["customdata"][0][1] == pytest.approx(1 / later[1], rel=1e-3)
-    assert trace["customdata"][3][4] == pytest.approx(
-        composed.histogram[3][4] / sum(composed.histogram[3]) / later[4], rel=1e-3
-    )
-
-
-def test_layers_are_called_by_block_and_sub_layer():
-    of_recipe = [recipe.runs[0].layers for recipe in make_comparison((0,)).recipes]
-    assert labels(of_recipe[1]) == ["layer 0", "layer 1", "layer 2", "layer 3"]
-    assert labels(of_recipe[2]) == ["layer 0.0", "layer 0.1", "layer 1.0", "layer 1.1"]
-    every_other = [replace(layer, name=f"layers.{2 * i + 1}.mlp") for i, layer in enumerate(of_recipe[1])]
-    assert labels(every_other) == ["layer 1", "layer 3", "layer 5", "layer 7"]
+    assert trace["customdata"][3][4] == pytest.approx(pairs[3][4] / sum(pairs[3]) / later[4], rel=1e-3)
 
 
 def test_layers_of_different_width_share_a_figure():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from comparison_fixture import competing, make_comparison
 from moestro.comparison import Comparison
 from moestro.report import sentences
-from moestro.report.learnt import learnt_rows
+from moestro.report.learnt import Cell, learnt_rows
 from moestro.report.numbers import decimals_for, fixed, mean, memory, metric, signed
 from moestro.report.summary import domain_rows, rows
 from moestro.report.text import plotly_label, shortened, visible
@@ -234,23 +234,22 @@ def test_a_domain_that_a_recipe_lacks_is_a_dash():
 
 def test_what_routers_learnt_is_told_by_recipe():
     """Means over layers and seeds, their spread over seeds, what chance alone gives, the difference to the first."""
-    rows = {row.measure.field: row for row in learnt_rows(competing(make_comparison()))}
-    agreement = rows["agreement"]
-    assert agreement.cells == ("0.310", "0.710")
-    assert agreement.spreads == ("± 0.010", "± 0.010")
-    assert agreement.chances == ("0.200", "0.200")
-    assert agreement.differences == ("", "+0.400")
-    assert rows["overlap"].chances == ("0.900", "0.900")
-    assert rows["regret"].differences == ("", "−0.120")
-    assert rows["competed"].cells == ("0.140", "0.060")
-    assert rows["composed"].cells == ("–", "0.310")  # of the blocks that have two sub-layers
-    assert rows["composed"].differences == ("", "")
+    rows = {row.measure.field: row.cells for row in learnt_rows(competing(make_comparison()))}
+    assert rows["agreement"] == (
+        Cell(value="0.310", spread="± 0.010", chance="0.200", difference=""),
+        Cell(value="0.710", spread="± 0.010", chance="0.200", difference="+0.400"),
+    )
+    assert [cell.chance for cell in rows["overlap"]] == ["0.900", "0.900"]
+    assert rows["regret"][1].difference == "−0.120"
+    assert [cell.value for cell in rows["competed"]] == ["0.140", "0.060"]
+    assert [cell.value for cell in rows["composed"]] == ["–", "0.310"]  # of the blocks that have two sub-layers
+    assert [cell.difference for cell in rows["composed"]] == ["", ""]
 
 
 def test_competition_is_no_measure_where_nothing_competes():
     fields = {row.measure.field for row in learnt_rows(make_comparison((0,)))}
     assert {"max_vio_batch", "domain_mutual_information", "composed"} <= fields
     assert not {"agreement", "regret", "competed"} & fields
-    assert all(row.spreads == ("", "") for row in learnt_rows(make_comparison((0,))))
+    assert all(cell.spread == "" for row in learnt_rows(make_comparison((0,))) for cell in row.cells)
     dense = make_comparison((0,))
     assert learnt_rows(replace(dense, recipes=dense.recipes[:1])) == ()

@@ -8,7 +8,6 @@ Every number is finite; what could not be measured is None, `null` in the file (
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moestro.agreement import AgreementFigures
 from moestro.errors import Misuse
 from moestro.statistics import Difference, DocumentBootstrap
 
@@ -84,58 +83,20 @@ class CurvePoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComposedStatistics:
-    """What a sub-layer owes to the MoE sub-layer before it in its block, on the held-out text."""
-
-    size: float | None
-    """What the sub-layers before it change in its output, over its output without them: BA against B."""
-    rerouted: float | None
-    """Share of its choices that it would not make without them."""
-    histogram: tuple[tuple[float, ...], ...]
-    """Share of all pairs of an expert of the sub-layer before (rows) and one of this; sums to 1."""
-    mutual_information: float
-    """Between the two, in nats."""
-    mutual_information_shuffled: float
-    """What it would be if choices were dealt to tokens at random: that much is chance."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerStatistics:
-    """How one MoE layer of a finished run routed the held-out text."""
+    """How one MoE layer of a model routed a text."""
 
     name: str
+    label: str
+    """Its block's number, and which of the block's MoE layers it is where there are several: "3", "3.1"."""
     load: tuple[float, ...]
-    """Per expert, its fraction of all choices over the data set; sums to 1."""
+    """Share of all choices per expert; sums to 1."""
     domain_load: dict[str, tuple[float, ...]]
-    """Per domain, the same over that domain's tokens."""
-    max_vio_batch: float | None
-    """Largest load over the mean load, minus 1, within one batch; mean over batches."""
-    max_vio_data: float | None
-    """The same over the whole data set."""
-    dead_experts: int
-    """Experts that no token chose."""
-    entropy: float | None
-    """Mean entropy of a token's routing scores, in nats."""
-    confidence: float | None
-    """Mean of a token's largest routing score."""
-    mutual_information: float | None
-    """Between token and expert, in nats, from the routing scores."""
-    domain_mutual_information: float | None = None
-    """Between domain and expert, in nats, from the choices."""
-    domain_mutual_information_shuffled: float | None = None
-    """What it would be if the tokens' domains were shuffled: that much is chance."""
-    cosine: float | None = None
-    """Mean cosine of the outputs of two experts of one token, on a sample."""
-    overlap: float | None = None
-    """Mean share of a token's nearest tokens, by the layer's input, whose first expert is another; on a sample."""
-    overlap_shuffled: float | None = None
-    """What it would be if first experts were dealt to tokens at random."""
-    column_variance: float | None = None
-    """Variance over tokens of their scores after top-k, summed over experts: 0 when collapsed."""
-    composed: ComposedStatistics | None = None
-    """None for the first MoE sub-layer of a block."""
-    competition: AgreementFigures | None = None
-    """The router beside what competition would choose, on a sample of the held-out text."""
+    """The same within each domain."""
+    figures: dict[str, float | None]
+    """Every number of a layer that `moestro.evaluation.layer_statistics` knows of, by its name."""
+    pairs: tuple[tuple[float, ...], ...] | None = None
+    """Share of all pairs of an expert of the MoE layer before it in its block (rows) and one of its own; sums to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,9 +1,10 @@
 """Held-out loss per document and domain, and what the routing looks like on the held-out text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moestro.adapters.composed import ComposedFigures, ComposedMeter
+from moestro.adapters.layers import labels, moe_layers
 from moestro.adapters.meter import RoutingMeter
 from moestro.adapters.reroute import reroute
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
-from moestro.comparison import CompetedLoss, ComposedStatistics, DomainLoss, HeldOut, LayerStatistics
+from moestro.comparison import CompetedLoss, DomainLoss, HeldOut, LayerStatistics
 from moestro.competition import Compete, by_competition
 from moestro.data.packing import PackedRows
 from moestro.joint_routing import JointFigures
+from moestro.metrics import RoutingFigures
 
 COMPOSED_TOKENS = 16_384
 """Held-out tokens on which composed sub-layers are looked at: they run twice there."""
@@ -89,7 +92,7 @@ def evaluate(
         dist.all_reduce(sums)
     model.train(was_training)
     nll, tokens = sums.cpu().numpy()
-    layers = layer_statistics(meter, domains, composed, agreement)
+    layers = layer_statistics(model, meter, domains, composed, agreement) if has_experts else ()
     return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=layers, competed=competed)
 
 
@@ -155,46 +158,56 @@ def inputs_of(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def layer_statistics(
+    model: nn.Module,
     meter: RoutingMeter,
     domains: Sequence[str],
-    composed: dict[str, ComposedFigures],
-    agreement: dict[str, AgreementFigures],
+    composed: Mapping[str, ComposedFigures],
+    agreement: Mapping[str, AgreementFigures] = MappingProxyType({}),
 ) -> tuple[LayerStatistics, ...]:
-    """What the meters counted, as records of a comparison."""
-    joint = meter.joint_figures()
+    """What the meters counted, as records: of layers that saw a token."""
+    layers, found, joint = moe_layers(model), meter.figures(), meter.joint_figures()
     return tuple(
         LayerStatistics(
             name=name,
-            load=tuple(figures.load),
-            domain_load={domain: tuple(load) for domain, load in zip(domains, figures.domain_load, strict=True)},
-            max_vio_batch=figures.max_vio_batch,
-            max_vio_data=figures.max_vio_data,
-            dead_experts=figures.dead_experts,
-            entropy=figures.entropy,
-            confidence=figures.confidence,
-            mutual_information=figures.mutual_information,
-            domain_mutual_information=figures.domain_mutual_information,
-            domain_mutual_information_shuffled=figures.domain_mutual_information_shuffled,
-            cosine=figures.cosine,
-            overlap=figures.overlap,
-            overlap_shuffled=figures.overlap_shuffled,
-            column_variance=figures.column_variance,
-            composed=composed_statistics(joint[name], composed.get(name)) if name in joint else None,
-            competition=agreement.get(name),
+            label=label,
+            load=figures.load,
+            domain_load=dict(zip(domains, figures.domain_load, strict=True)),
+            figures=numbers(figures)
+            | pair_numbers(joint.get(name), composed.get(name))
+            | competition_numbers(agreement.get(name)),
+            pairs=joint[name].histogram if name in joint else None,
         )
-        for name, figures in meter.figures().items()
+        for layer, label in zip(layers, labels(layers), strict=True)
+        if (figures := found.get(name := layer.name)) is not None
     )
 
 
-def composed_statistics(joint: JointFigures, composed: ComposedFigures | None) -> ComposedStatistics:
-    """What a sub-layer owes to the one before it, as a record of a comparison."""
-    return ComposedStatistics(
-        size=composed.size if composed else None,
-        rerouted=composed.rerouted if composed else None,
-        histogram=tuple(map(tuple, joint.histogram)),
-        mutual_information=joint.mutual_information,
-        mutual_information_shuffled=joint.mutual_information_shuffled,
-    )
+def numbers(figures: RoutingFigures) -> dict[str, float | None]:
+    """Every field that is one number, but for those that only training knows; None where it is not finite."""
+    values = {f.name: getattr(figures, f.name) for f in fields(figures) if f.name not in ("competing", "agreement")}
+    return {
+        name: float(value) if value is not None and math.isfinite(value) else None
+        for name, value in values.items()
+        if value is None or isinstance(value, int | float)
+    }
+
+
+def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -> dict[str, float | None]:
+    """Of a layer that another MoE layer of its block stands before."""
+    return {
+        "pair_information": joint and joint.mutual_information,
+        "pair_information_shuffled": joint and joint.mutual_information_shuffled,
+        "composed": composed and composed.size,
+        "rerouted": composed and composed.rerouted,
+    }
+
+
+def competition_numbers(found: AgreementFigures | None) -> dict[str, float | None]:
+    """Of a router beside competition; the best fixed choice stands for chance."""
+    if found is None:
+        return {}
+    values = asdict(found)
+    return values | {"agreement_shuffled": values.pop("static_agreement"), "tokens": None}
 
 
 def held_out(

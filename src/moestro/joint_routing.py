@@ -33,7 +33,7 @@ class JointSums:
 class JointFigures:
     """Two layers' choices together. Information is in nats, between one expert of each, drawn evenly from a token's."""
 
-    histogram: list[list[float]]
+    histogram: tuple[tuple[float, ...], ...]
     """Share of all pairs, earlier expert by later expert; sums to 1."""
     mutual_information: float
     mutual_information_shuffled: float
@@ -72,7 +72,7 @@ def joint_figures(sums: JointSums) -> JointFigures:
     share = sums.pairs / sums.pairs.sum().clamp_min(1)
     chance = expected_mutual_information(sums.earlier, torch.ones_like(sums.earlier), sums.later, among=sums.tokens)
     return JointFigures(
-        histogram=share.tolist(),
+        histogram=tuple(map(tuple, share.tolist())),
         mutual_information=float(mutual_information(sums.pairs)),
         mutual_information_shuffled=float(chance),
     )

@@ -7,16 +7,13 @@ docs/papers.md.
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from moestro.information import expected_mutual_information, mutual_information, total_entropy
-from moestro.losses import gram, slot_scores
-from moestro.losses.inner_products import correlation, off_diagonal
-from moestro.routing import Batch, LayerRecord, choices_per_group, chosen
-
-NEIGHBOURS = 10
-"""K of the overlap; where there are fewer other points, all of them."""
+from moestro.losses import slot_scores
+from moestro.routing import LayerRecord, choices_per_group
+from moestro.samples import cosine_sums, overlap_sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +63,9 @@ class RoutingFigures:
     few tokens look specialised by chance. What is left above it is evidence.
     """
 
-    load: list[float]
+    load: tuple[float, ...]
     """Share of choices per expert; sums to 1."""
-    domain_load: list[list[float]]
+    domain_load: tuple[tuple[float, ...], ...]
     """The same within each domain; all zero for a domain without tokens."""
     max_vio_batch: float
     """Mean over batches, as they ran, of (largest load - mean load) / mean load."""
@@ -99,7 +96,8 @@ class RoutingFigures:
     cosine_square: float | None = None
     """Mean square of that cosine: about 1 / hidden size for random directions."""
     overlap: float | None = None
-    """Mean share of a token's `NEIGHBOURS` nearest tokens, by the layer's input, whose first expert is another."""
+    """Mean share of a token's nearest tokens, `moestro.samples.NEIGHBOURS` of them by the layer's input, whose first
+    expert is another."""
     overlap_shuffled: float | None = None
     competing: int | None = None
     """Tokens that competed; None where none did."""
@@ -187,56 +185,6 @@ def slot_score_sums(record: LayerRecord) -> dict[str, Tensor]:
     return {"slot_score": total, "slot_score_square": share.square().sum()}
 
 
-def cosine_sums(sample: LayerRecord | None, one: Float[Tensor, ""]) -> dict[str, Tensor]:
-    """Sums of the cosine of two experts' outputs, over the ordered pairs of each token's edges; 0 for a zero vector."""
-    if sample is None or sample.outputs is None:
-        return {"pairs": one * 0, "cosine": one * 0, "cosine_square": one * 0}
-    used = chosen(sample.routing, sample.batch) > 0
-    cosine = off_diagonal(correlation(gram(sample.outputs, used)))
-    edges = used.sum(-1, dtype=torch.float64)
-    return {
-        "pairs": (edges * (edges - 1)).sum(),
-        "cosine": cosine.sum(dtype=torch.float64),
-        "cosine_square": cosine.square().sum(dtype=torch.float64),
-    }
-
-
-def overlap_sums(sample: LayerRecord | None, one: Float[Tensor, ""]) -> dict[str, Tensor]:
-    """Sums over tokens of the share of nearest neighbours with another first expert, now and with labels shuffled."""
-    nothing = {"points": one * 0, "overlap": one * 0, "overlap_shuffled": one * 0}
-    if sample is None:
-        return nothing
-    used = chosen(sample.routing, sample.batch) > 0
-    keep = used.any(-1)
-    point = sample.hidden[keep].float()
-    if len(point) < 2:
-        return nothing
-    label = sample.routing.expert.gather(1, first_slot(sample, used))[keep, 0]
-    count = torch.bincount(label, minlength=sample.layer.num_experts).double()
-    same = (count * (count - 1)).sum() / (len(point) - 1)  # expected neighbours with the same label, over all points
-    return {
-        "points": one * len(point),
-        "overlap": foreign_neighbours(point, label).sum(dtype=torch.float64),
-        "overlap_shuffled": len(point) - same,
-    }
-
-
-def first_slot(record: LayerRecord, used: Bool[Tensor, "tokens k"]) -> Int[Tensor, "tokens 1"]:
-    """The edge of largest weight: not every router puts it first."""
-    return record.routing.weight.float().masked_fill(~used, float("-inf")).argmax(-1, keepdim=True)
-
-
-def foreign_neighbours(point: Float[Tensor, "points dim"], label: Int[Tensor, " points"]) -> Float[Tensor, " points"]:
-    """Each point's share of its `NEIGHBOURS` nearest others (Euclidean) that carry another label."""
-    with torch.autocast(point.device.type, enabled=False):
-        # cdist takes differences of squared lengths: around the mean these are small, and little is cancelled.
-        centred = point - point.mean(0)
-        distance = torch.cdist(centred, centred)
-    distance.fill_diagonal_(float("inf"))
-    nearest = distance.topk(min(NEIGHBOURS, len(point) - 1), largest=False).indices
-    return (label[nearest] != label[:, None]).double().mean(-1)
-
-
 def competition_sums(record: LayerRecord, one: Float[Tensor, ""]) -> dict[str, Tensor]:
     """Tokens that competed, and what the router knew of their winners; zeros where nobody did."""
     met = record.competition
@@ -248,24 +196,6 @@ def competition_sums(record: LayerRecord, one: Float[Tensor, ""]) -> dict[str, T
         sums["winners"] = met.filled.sum(dtype=torch.float64) * met.winner.shape[1]
         sums["agreed"] = (known & met.filled[:, None]).sum(dtype=torch.float64)
     return sums
-
-
-def subset(record: LayerRecord, token: Int[Tensor, " some"]) -> LayerRecord:
-    """The record of some of its tokens, all of which must be valid."""
-    routing, batch = record.routing, record.batch
-    of_some = replace(
-        routing,
-        **{f.name: value[token] for f in fields(routing) if (value := getattr(routing, f.name)) is not None},
-    )
-    return replace(
-        record,
-        batch=Batch(sequence=batch.sequence[token], num_sequences=batch.num_sequences),
-        hidden=record.hidden[token],
-        proposed=of_some,
-        routing=of_some,
-        outputs=None if record.outputs is None else record.outputs[token],
-        competition=None,
-    )
 
 
 def max_violation(load: Float[Tensor, " experts"]) -> Float[Tensor, ""]:
@@ -286,8 +216,8 @@ def routing_figures(sums: RoutingSums) -> RoutingFigures:
     mean_score_square = (sums.slot_score / tokens).square().sum()
     in_sequence = sums.sequence_entropy / load.sum().clamp_min(1)
     return RoutingFigures(
-        load=normalised(load).tolist(),
-        domain_load=normalised(sums.choices).tolist(),
+        load=tuple(normalised(load).tolist()),
+        domain_load=tuple(map(tuple, normalised(sums.choices).tolist())),
         max_vio_batch=float(sums.batch_max_vio / sums.batches.clamp_min(1)),
         max_vio_data=float(max_violation(load)),
         dead_experts=int((load == 0).sum()),

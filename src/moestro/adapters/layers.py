@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -38,6 +38,23 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
         families.refuse_if_outside(model)
         raise Misuse(f"{type(model).__name__} has no experts: auxiliary losses and routing metrics need an MoE layer")
     return layers
+
+
+def labels(layers: Sequence[MoELayer]) -> list[str]:
+    """A label per layer: its block's number, and which of the block's MoE layers it is where there are several."""
+    blocks = [layer.block for layer in layers]
+    return [
+        f"{block_number(layer)}.{blocks[:i].count(layer.block)}"
+        if blocks.count(layer.block) > 1
+        else str(block_number(layer))
+        for i, layer in enumerate(layers)
+    ]
+
+
+def block_number(layer: MoELayer) -> int:
+    """Index of the layer's block in its stack."""
+    found = re.search(r"(\d+)$", layer.block)
+    return int(found.group(1)) if found else 0
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -8,14 +8,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from moestro.adapters.tap import TAP, Pass, Tap
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.joint_routing import JointFigures, JointSums, joint_figures, joint_sums, no_joint_sums
-from moestro.metrics import RoutingFigures, RoutingSums, no_sums, routing_figures, routing_sums, subset
+from moestro.metrics import RoutingFigures, RoutingSums, no_sums, routing_figures, routing_sums
 from moestro.routing import LayerRecord, MoELayer, Routing
+from moestro.samples import sample_places, subset
 
 Sums = TypeVar("Sums", RoutingSums, JointSums)
 
@@ -57,9 +58,18 @@ class RoutingMeter:
     def _count(self, record: LayerRecord) -> None:
         if record.recomputed or not self._counting:
             return
-        layer = record.layer
-        sums = routing_sums(record, self.num_domains, sample_of(record) if self.detailed else None)
-        self.sums[layer.name] = self.sums[layer.name] + sums if layer.name in self.sums else sums
+        if self.training and not self.detailed:
+            self._add(record, None)
+        else:
+            self._look(record)
+
+    def _add(self, record: LayerRecord, sample: LayerRecord | None) -> None:
+        name, sums = record.layer.name, routing_sums(record, self.num_domains, sample)
+        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
+
+    @torch.compiler.disable  # shapes that depend on what tokens hold have no place in the graph of a compiled layer
+    def _look(self, record: LayerRecord) -> None:
+        self._add(record, sample_of(record) if self.detailed else None)
         if not self.training:  # there it would cost every step, and keep a routing with its graph alive
             self._count_pairs(record)
 
@@ -125,14 +135,6 @@ def sample_of(record: LayerRecord) -> LayerRecord:
     """
     sample = subset(record, sample_places(record, SAMPLE))
     return sample if sample.outputs is not None else replace(sample, outputs=outputs_of(sample))
-
-
-def sample_places(record: LayerRecord, number: int) -> Int[Tensor, " some"]:
-    """Indices of at most `number` of the record's valid tokens, drawn by how many valid ones there are."""
-    valid = torch.ones_like(record.batch.sequence) if record.batch.valid is None else record.batch.valid
-    token = valid.nonzero()[:, 0]
-    order = torch.randperm(len(token), generator=torch.Generator().manual_seed(0))[:number]
-    return token[order.sort().values.to(token.device)]
 
 
 def outputs_of(record: LayerRecord) -> Float[Tensor, "tokens k dim"]:

@@ -7,13 +7,14 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from moestro.adapters.meter import SAMPLE, sample_places
+from moestro.adapters.meter import SAMPLE
 from moestro.adapters.tap import TAP, Tap
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.agreement import AgreementFigures, agreement_figures
 from moestro.competition import Compete, ResponseStatistics, responses
 from moestro.competition.scaling import response_sums, statistics_of
 from moestro.routing import LayerRecord, MoELayer
+from moestro.samples import sample_places
 
 
 class ResponseMeter:
@@ -37,6 +38,7 @@ class ResponseMeter:
         self._response[layer.name], self._chosen[layer.name] = [], []
         return self._look
 
+    @torch.compiler.disable  # draws, and waits for the device
     @torch.no_grad()
     def _look(self, record: LayerRecord) -> None:
         layer = record.layer

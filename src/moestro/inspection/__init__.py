@@ -2,7 +2,7 @@
 
 from moestro.inspection.checkpoints import Checkpoint, find, load, on_meta, stored_dtype
 from moestro.inspection.findings import Finding, describe
-from moestro.inspection.measuring import Conditions, Measured, MeasuredLayer, RoutingStudy, study
+from moestro.inspection.measuring import Conditions, Measured, RoutingStudy, study
 from moestro.inspection.robustness import Robustness, RobustnessTest, Scope
 from moestro.inspection.texts import Text, read_text
 
@@ -11,7 +11,6 @@ __all__ = [
     "Conditions",
     "Finding",
     "Measured",
-    "MeasuredLayer",
     "Robustness",
     "RobustnessTest",
     "RoutingStudy",

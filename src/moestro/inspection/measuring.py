@@ -1,8 +1,6 @@
 """How checkpoints route a text: their figures per layer, and how well they predict it."""
 
-import dataclasses
 import inspect
-import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -18,37 +16,18 @@ from moestro.adapters.composed import ComposedFigures
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.meter import RoutingMeter
 from moestro.adapters.watch import Watch
-from moestro.comparison import HeldOut
+from moestro.comparison import HeldOut, LayerStatistics
 from moestro.data.packing import PackedRows
 from moestro.data.progress import watched
 from moestro.errors import Misuse, TrainingFailed
-from moestro.evaluation import Evaluation, add_losses, collate, composed_figures, held_out
+from moestro.evaluation import Evaluation, add_losses, collate, composed_figures, held_out, layer_statistics
 from moestro.inspection.checkpoints import Checkpoint, load, tokenizer_of
 from moestro.inspection.findings import Finding
-from moestro.inspection.places import labels
 from moestro.inspection.robustness import Robustness, measure_robustness
 from moestro.inspection.texts import Text, packed
-from moestro.joint_routing import JointFigures
-from moestro.metrics import RoutingFigures
 
 DEFAULT_SEQUENCE_LENGTH = 512
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeasuredLayer:
-    """How one MoE layer routed the text."""
-
-    name: str
-    label: str
-    """Its block's number, and which of the block's MoE layers it is where there are several: "3", "3.1"."""
-    load: tuple[float, ...]
-    """Share of all choices per expert; sums to 1."""
-    domain_load: dict[str, tuple[float, ...]]
-    """The same within each domain."""
-    figures: dict[str, float | None]
-    """Every number of `moestro.metrics.RoutingFigures` by its name, and `pair_numbers`; None where it is not finite or
-    not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +39,7 @@ class Measured:
     tokens: int
     """Tokens that were predicted."""
     prediction: HeldOut
-    layers: tuple[MeasuredLayer, ...]
+    layers: tuple[LayerStatistics, ...]
     notes: tuple[str, ...] = ()
     robustness: Robustness | None = None
     """None where nobody asked."""
@@ -180,7 +159,7 @@ def measure(
         tokenizer=f"{conditions.tokenizer or 'its own'}, {len(tokenizer):,} tokens",
         tokens=int(evaluation.tokens.sum()),
         prediction=prediction,
-        layers=measured_layers(model, meter, composition(model, rows, conditions), text.domains),
+        layers=layer_statistics(model, meter, text.domains, composition(model, rows, conditions)),
         notes=notes,
         robustness=perturbed(model, rows, conditions, checkpoint.name, evaluation.loss)
         if conditions.robustness
@@ -240,45 +219,6 @@ def run(
             add_losses(sums, model, batch)
     nll, tokens = sums.cpu().numpy()
     return Evaluation(nll=nll, tokens=tokens.astype(np.int64), layers=())
-
-
-def measured_layers(
-    model: nn.Module, meter: RoutingMeter, composed: dict[str, ComposedFigures], domains: Sequence[str]
-) -> tuple[MeasuredLayer, ...]:
-    """What the meters counted."""
-    layers = moe_layers(model)
-    figures, joint = meter.figures(), meter.joint_figures()
-    return tuple(
-        MeasuredLayer(
-            name=layer.name,
-            label=label,
-            load=tuple(figures[layer.name].load),
-            domain_load=dict(zip(domains, map(tuple, figures[layer.name].domain_load), strict=True)),
-            figures=numbers(figures[layer.name]) | pair_numbers(joint.get(layer.name), composed.get(layer.name)),
-        )
-        for layer, label in zip(layers, labels(layers), strict=True)
-    )
-
-
-def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -> dict[str, float | None]:
-    """Of a layer that another MoE layer of its block stands before."""
-    return {
-        "pair_information": joint and joint.mutual_information,
-        "pair_information_shuffled": joint and joint.mutual_information_shuffled,
-        "composed": composed and composed.size,
-        "rerouted": composed and composed.rerouted,
-    }
-
-
-def numbers(figures: RoutingFigures) -> dict[str, float | None]:
-    """Every field that is one number, but for those that only training knows."""
-    names = [field.name for field in dataclasses.fields(figures) if field.name not in ("competing", "agreement")]
-    values = {name: getattr(figures, name) for name in names}
-    return {
-        name: float(value) if value is not None and math.isfinite(value) else None
-        for name, value in values.items()
-        if value is None or isinstance(value, int | float)
-    }
 
 
 def domains_read(text: Text) -> dict[str, DomainRead]:

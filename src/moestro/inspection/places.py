@@ -4,15 +4,10 @@ import re
 from collections.abc import Sequence
 from itertools import groupby
 
+from moestro.adapters.layers import block_number
 from moestro.routing import MoELayer
 
 ORDINALS = ("first", "second", "third", "fourth")
-
-
-def block_number(layer: MoELayer) -> int:
-    """Index of the layer's block in its stack."""
-    found = re.search(r"(\d+)$", layer.block)
-    return int(found.group(1)) if found else 0
 
 
 def places(layers: Sequence[MoELayer]) -> str:
@@ -48,14 +43,3 @@ def spans(numbers: Sequence[int]) -> str:
     words = parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
     each = f" ({len(numbers) // len(distinct)} in each)" if len(numbers) > len(distinct) else ""
     return f"layer{'' if len(distinct) == 1 else 's'} {words}{each}"
-
-
-def labels(layers: Sequence[MoELayer]) -> list[str]:
-    """A label per layer: its block's number, and which of the block's MoE layers it is where there are several."""
-    blocks = [layer.block for layer in layers]
-    return [
-        f"{block_number(layer)}.{blocks[:i].count(layer.block)}"
-        if blocks.count(layer.block) > 1
-        else str(block_number(layer))
-        for i, layer in enumerate(layers)
-    ]

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 from torch import nn
 
+from moestro.adapters.layers import labels
 from moestro.adapters.reroute import reroute
 from moestro.errors import Misuse
-from moestro.inspection.places import in_blocks, labels, places
+from moestro.inspection.places import in_blocks, places
 from moestro.perturbations import add_noise, disable, replace_at_random
 from moestro.routing import MoELayer, Reroute
 

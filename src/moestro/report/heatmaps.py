@@ -6,13 +6,11 @@ from the middle, and ends at a quarter and at four times. A cross marks what no 
 """
 
 import math
-import re
-from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from moestro.comparison import Comparison, ComposedStatistics, LayerStatistics
+from moestro.comparison import Comparison, LayerStatistics
 from moestro.report.curves import Figure, frame
 from moestro.report.text import plotly_label, shortened
 
@@ -36,13 +34,11 @@ def expert_figures(comparison: Comparison) -> dict[str, Any]:
     return {
         f"{recipe_index}/{run_index}": {
             "load": load_figure(run.layers),
-            "domains": [
-                titled(label, domain_figure(layer)) for label, layer in zip(labels(run.layers), run.layers, strict=True)
-            ],
+            "domains": [titled(f"layer {layer.label}", domain_figure(layer)) for layer in run.layers],
             "pairs": [
-                titled(f"{before} by {label}", pair_figure(layer.composed))
-                for (before, label), layer in zip(pairwise(labels(run.layers)), run.layers[1:], strict=True)
-                if layer.composed is not None
+                titled(f"layer {before.label} by layer {layer.label}", pair_figure(layer.pairs))
+                for before, layer in pairwise(run.layers)
+                if layer.pairs is not None
             ],
         }
         for recipe_index, recipe in enumerate(comparison.recipes)
@@ -56,17 +52,9 @@ def titled(title: str, figure: Figure) -> dict[str, Any]:
     return {"title": title, "figure": figure}
 
 
-def labels(layers: Sequence[LayerStatistics]) -> list[str]:
-    """Each layer by its block's number; "layer 3.1" is the second MoE sub-layer of block 3, where it has several."""
-    blocks = [int(found.group(1)) if (found := re.search(r"\.(\d+)\.", layer.name)) else None for layer in layers]
-    if None in blocks or max(Counter(blocks).values(), default=1) == 1:
-        return [f"layer {index if block is None else block}" for index, block in enumerate(blocks)]
-    return [f"layer {block}.{blocks[:index].count(block)}" for index, block in enumerate(blocks)]
-
-
 def load_figure(layers: Sequence[LayerStatistics]) -> Figure:
     """Layers (first on top) by experts."""
-    return heat_map(labels(layers), [layer.load for layer in layers])
+    return heat_map([f"layer {layer.label}" for layer in layers], [layer.load for layer in layers])
 
 
 def domain_figure(layer: LayerStatistics) -> Figure:
@@ -74,9 +62,8 @@ def domain_figure(layer: LayerStatistics) -> Figure:
     return heat_map(list(layer.domain_load), list(layer.domain_load.values()))
 
 
-def pair_figure(composed: ComposedStatistics) -> Figure:
+def pair_figure(rows: tuple[tuple[float, ...], ...]) -> Figure:
     """Experts of the sub-layer before by experts of this one; 1 is what independent choices would give."""
-    rows = composed.histogram
     earlier, later = [sum(row) for row in rows], [sum(column) for column in zip(*rows, strict=True)]
     ratios = [
         [share / (a * b) if a * b else None for share, b in zip(row, later, strict=True)]

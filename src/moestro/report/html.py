@@ -6,7 +6,7 @@ from moestro.comparison import Comparison
 from moestro.report import sentences
 from moestro.report.curves import learning_curves
 from moestro.report.forest import forest
-from moestro.report.heatmaps import expert_figures, labels, moe_recipes
+from moestro.report.heatmaps import expert_figures, moe_recipes
 from moestro.report.learning_rates import rate_figure, rate_table
 from moestro.report.learnt import learnt_rows
 from moestro.report.page import render_page
@@ -34,6 +34,5 @@ def render(comparison: Comparison) -> str:
         learnt=learnt_rows(comparison),
         experts=expert_figures(comparison),
         moe_recipes=moe_recipes(comparison),
-        labelled=lambda layers: zip(labels(layers), layers, strict=True),
         say=sentences,
     )

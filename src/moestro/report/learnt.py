@@ -4,33 +4,60 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moestro.comparison import Comparison, LayerStatistics, RecipeResult, Run
-from moestro.report.measures import Measure, measures
+from moestro.comparison import Comparison, RecipeResult, Run
+from moestro.report.measures import CHANCE, Measure, measures, over_layers
 from moestro.report.numbers import fixed, mean, signed
 
 Numbers = Mapping[str, float | None]
 
+OF_ROUTING = (
+    "max_vio_batch",
+    "entropy",
+    "mutual_information",
+    "domain_mutual_information",
+    "column_variance",
+    "cosine",
+    "overlap",
+    "pair_information",
+    "composed",
+    "rerouted",
+)
+OF_COMPETITION = ("agreement", "regret", "target_entropy", "winners_max_vio", "response")
+"""Shown where experts competed in any recipe."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One measure of one recipe, in words; empty where there is nothing to say."""
+
+    value: str
+    """Mean over layers and seeds."""
+    spread: str
+    """Over seeds."""
+    chance: str
+    """What chance alone would give."""
+    difference: str
+    """To the first recipe with experts."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """One measure, a cell per recipe with experts: the mean over layers and seeds, its spread over seeds."""
+    """One measure, a cell per recipe with experts."""
 
     measure: Measure
-    cells: tuple[str, ...]
-    spreads: tuple[str, ...]
-    chances: tuple[str, ...]
-    """What chance alone would give; empty where that is not known."""
-    differences: tuple[str, ...]
-    """To the first of them."""
+    cells: tuple[Cell, ...]
 
 
 def learnt_rows(comparison: Comparison) -> tuple[Learnt, ...]:
-    """The measures of all recipes with experts; of competition only where a recipe has it."""
+    """The measures of all recipes with experts."""
     sparse = with_experts(comparison)
     competes = any(recipe.competes for recipe in sparse)
     numbers = [[run_numbers(run, competes) for run in recipe.runs] for recipe in sparse]
     everything = [layer for runs in numbers for layers in runs for layer in layers]
-    return tuple(learnt(measure, numbers) for measure in measures(everything))
+    return tuple(
+        Learnt(measure=measure, cells=tuple(cell(measure, runs, numbers[0]) for runs in numbers))
+        for measure in measures(everything)
+    )
 
 
 def with_experts(comparison: Comparison) -> list[RecipeResult]:
@@ -38,69 +65,29 @@ def with_experts(comparison: Comparison) -> list[RecipeResult]:
     return [recipe for recipe in comparison.recipes if all(run.layers for run in recipe.runs)]
 
 
-def learnt(measure: Measure, numbers: Sequence[Sequence[Sequence[Numbers]]]) -> Learnt:
-    """One measure of the layers of each run of each recipe."""
-    by_seed = [[over_layers(layers, measure.field, measure) for layers in runs] for runs in numbers]
-    means = [mean(values) for values in by_seed]
-    chance = [mean([over_layers(layers, measure.chance, measure) for layers in runs]) for runs in numbers]
-    return Learnt(
-        measure=measure,
-        cells=tuple(fixed(value, measure.decimals) for value in means),
-        spreads=tuple(spread(values, measure.decimals) for values in by_seed),
-        chances=tuple("" if value is None else fixed(value, measure.decimals) for value in chance),
-        differences=tuple(
-            signed(value - means[0], measure.decimals) if index and value is not None and means[0] is not None else ""
-            for index, value in enumerate(means)
-        ),
+def cell(measure: Measure, runs: Sequence[Sequence[Numbers]], first: Sequence[Sequence[Numbers]]) -> Cell:
+    """One measure of the layers of each run of a recipe, beside those of the first recipe."""
+
+    def by_seed(runs: Sequence[Sequence[Numbers]], field: str | None) -> list[float | None]:
+        return [over_layers(layers, field, summed=measure.summed) for layers in runs]
+
+    values, decimals = by_seed(runs, measure.field), measure.decimals
+    known = [value for value in values if value is not None]
+    value, base, chance = mean(values), mean(by_seed(first, measure.field)), mean(by_seed(runs, measure.chance))
+    apart = runs is not first and value is not None and base is not None
+    return Cell(
+        value=fixed(value, decimals),
+        spread=f"± {fixed(statistics.stdev(known), decimals)}" if len(known) > 1 else "",
+        chance="" if chance is None else fixed(chance, decimals),
+        difference=signed(value - base, decimals) if apart else "",  # type: ignore[operator]
     )
 
 
-def over_layers(layers: Sequence[Numbers], name: str | None, measure: Measure) -> float | None:
-    """The mean (or sum) over layers of one of their numbers; None where no layer has it."""
-    values = [value for layer in layers if name and (value := layer.get(name)) is not None]
-    return sum(values) if measure.summed and values else mean(values)
-
-
-def spread(values: Sequence[float | None], decimals: int) -> str:
-    """The standard deviation over seeds."""
-    known = [value for value in values if value is not None]
-    return f"± {fixed(statistics.stdev(known), decimals)}" if len(known) > 1 else ""
-
-
-def run_numbers(run: Run, competes: bool) -> list[dict[str, float | None]]:
+def run_numbers(run: Run, competes: bool) -> list[Numbers]:
     """The numbers of every layer of a run, and in one more entry what is of the run as a whole."""
-    layers = [layer_numbers(layer, competes) for layer in run.layers]
+    shown = {*OF_ROUTING, *(OF_COMPETITION if competes else ())}
+    layers = [
+        {n: value for n, value in layer.figures.items() if n.removesuffix(CHANCE) in shown} for layer in run.layers
+    ]
     gain = None if run.competed is None else run.competed.competition - run.competed.router
     return [*layers, {"competed": gain}] if competes else layers
-
-
-def layer_numbers(layer: LayerStatistics, competes: bool) -> dict[str, float | None]:
-    """One layer's numbers by the names of their measures."""
-    numbers: dict[str, float | None] = {
-        "max_vio_batch": layer.max_vio_batch,
-        "entropy": layer.entropy,
-        "mutual_information": layer.mutual_information,
-        "domain_mutual_information": layer.domain_mutual_information,
-        "domain_mutual_information_shuffled": layer.domain_mutual_information_shuffled,
-        "column_variance": layer.column_variance,
-        "cosine": layer.cosine,
-        "overlap": layer.overlap,
-        "overlap_shuffled": layer.overlap_shuffled,
-    }
-    if (composed := layer.composed) is not None:
-        numbers |= {
-            "pair_information": composed.mutual_information,
-            "pair_information_shuffled": composed.mutual_information_shuffled,
-            "composed": composed.size,
-            "rerouted": composed.rerouted,
-        }
-    if competes and (found := layer.competition) is not None:
-        numbers |= {
-            "agreement": found.agreement,
-            "agreement_shuffled": found.static_agreement,
-            "regret": found.regret,
-            "target_entropy": found.target_entropy,
-            "winners_max_vio": found.winners_max_vio,
-            "response": found.response,
-        }
-    return numbers

@@ -1,7 +1,10 @@
 """What the numbers of a layer's routing are called. A number that is not known here gets its own name, spaced."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+
+from moestro.report.numbers import mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,6 +177,12 @@ KNOWN = (
 )
 CHANCE = "_shuffled"
 """What a field's name ends in that holds the value which chance alone would give to another."""
+
+
+def over_layers(layers: Iterable[Mapping[str, float | None]], name: str | None, *, summed: bool) -> float | None:
+    """The mean (or sum) over layers of one of their numbers; None where no layer has it."""
+    values = [value for layer in layers if name and (value := layer.get(name)) is not None]
+    return math.fsum(values) if summed and values else mean(values)
 
 
 def measures(layers: Iterable[Mapping[str, float | None]]) -> list[Measure]:

@@ -1,6 +1,7 @@
 """What a routing study says, in words; the same in the report and in the terminal."""
 
-from moestro.inspection import Measured, MeasuredLayer, RoutingStudy
+from moestro.comparison import LayerStatistics
+from moestro.inspection import Measured, RoutingStudy
 from moestro.report.measures import CHANCE
 from moestro.report.numbers import fixed, metric
 
@@ -48,7 +49,7 @@ def summary(checkpoint: Measured) -> str:
     )
 
 
-def above_chance(layer: MeasuredLayer, field: str) -> float:
+def above_chance(layer: LayerStatistics, field: str) -> float:
     """A number of a layer minus what chance alone would give."""
     return (layer.figures.get(field) or 0.0) - (layer.figures.get(field + CHANCE) or 0.0)
 

@@ -1,13 +1,12 @@
 """The tables of a routing study, cell by cell as text: the report and the terminal print the same figures."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from moestro.comparison import DomainLoss, HeldOut
-from moestro.inspection import Finding, Measured, MeasuredLayer, RoutingStudy
-from moestro.report.measures import Measure, measures
-from moestro.report.numbers import ABSENT, fixed, mean, metric, signed
+from moestro.comparison import DomainLoss, HeldOut, LayerStatistics
+from moestro.inspection import Finding, Measured, RoutingStudy
+from moestro.report.measures import Measure, measures, over_layers
+from moestro.report.numbers import ABSENT, fixed, metric, signed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,24 +97,19 @@ def measure_rows(study: RoutingStudy) -> tuple[Row, ...]:
     return tuple(measure_row(measure, layers) for measure in study_measures(study))
 
 
-def measure_row(measure: Measure, layers: Sequence[Sequence[MeasuredLayer]]) -> Row:
+def measure_row(measure: Measure, layers: Sequence[Sequence[LayerStatistics]]) -> Row:
     """One measure over the given layers of each checkpoint."""
+    figures = [[layer.figures for layer in own] for own in layers]
     made = row(
         measure.title,
-        [over_layers(own, measure.field, summed=measure.summed) for own in layers],
+        [over_layers(own, measure.field, summed=measure.summed) for own in figures],
         measure.decimals,
         detail=measure.unit,
     )
     if measure.chance is None:
         return made
-    chance = [over_layers(own, measure.chance) for own in layers]
+    chance = [over_layers(own, measure.chance, summed=measure.summed) for own in figures]
     return replace(made, chance=tuple(fixed(value, measure.decimals) for value in chance))
-
-
-def over_layers(layers: Sequence[MeasuredLayer], field: str, *, summed: bool = False) -> float | None:
-    """The mean (or sum) over layers of one of their numbers."""
-    values = [value for layer in layers if (value := layer.figures.get(field)) is not None]
-    return math.fsum(values) if summed and values else mean(values)
 
 
 def layer_rows(study: RoutingStudy) -> tuple[tuple[str, tuple[Row, ...]], ...]:
@@ -137,7 +131,7 @@ def all_labels(study: RoutingStudy) -> list[str]:
     return sorted(found, key=lambda label: [int(part) for part in label.split(".")])
 
 
-def by_label(checkpoint: Measured) -> dict[str, MeasuredLayer]:
+def by_label(checkpoint: Measured) -> dict[str, LayerStatistics]:
     """The layers of a checkpoint by label."""
     return {layer.label: layer for layer in checkpoint.layers}
 

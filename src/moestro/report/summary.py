@@ -1,10 +1,10 @@
 """The main table and the domain table, cell by cell as text: the report and the terminal print the same figures."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moestro.comparison import Comparison, LayerStatistics, RecipeResult, Run
+from moestro.comparison import Comparison, RecipeResult, Run
 from moestro.report.numbers import ABSENT, fixed, mean, memory, metric, signed
 from moestro.report.sentences import decimals_of
 
@@ -86,14 +86,14 @@ def _row(comparison: Comparison, result: RecipeResult) -> Row:
         verdict=found.verdict if found else "",
         tokens_per_second=fixed(mean([run.tokens_per_second for run in runs]), 0),
         peak_memory=memory(max((m for run in runs if (m := run.peak_memory_bytes) is not None), default=None)),
-        max_vio_batch=_over_layers(runs, lambda layer: layer.max_vio_batch),
-        max_vio_data=_over_layers(runs, lambda layer: layer.max_vio_data),
+        max_vio_batch=_over_layers(runs, "max_vio_batch"),
+        max_vio_data=_over_layers(runs, "max_vio_data"),
         dead_experts=_dead_experts(runs),
     )
 
 
-def _over_layers(runs: Sequence[Run], value: Callable[[LayerStatistics], float | None]) -> str:
-    return fixed(mean([value(layer) for run in runs for layer in run.layers]), 2)
+def _over_layers(runs: Sequence[Run], name: str) -> str:
+    return fixed(mean([layer.figures[name] for run in runs for layer in run.layers]), 2)
 
 
 def _dead_experts(runs: Sequence[Run]) -> str:
@@ -101,7 +101,8 @@ def _dead_experts(runs: Sequence[Run]) -> str:
     experts = sum(len(layer.load) for layer in runs[0].layers)
     if experts == 0:
         return ABSENT
-    return f"{max(sum(layer.dead_experts for layer in run.layers) for run in runs)} of {experts}"
+    dead = max(sum(layer.figures["dead_experts"] or 0 for layer in run.layers) for run in runs)
+    return f"{dead:.0f} of {experts}"
 
 
 def _domain_row(comparison: Comparison, name: str) -> DomainRow:

@@ -28,16 +28,18 @@ def held_out_evaluation(
     model: MoestroForCausalLM, recipe: Recipe, data: PreparedData, max_tokens: int | None = None
 ) -> Evaluation:
     """The model on the held-out rows, or on the first of them."""
-    length = recipe.training.sequence_length
-    return evaluate(
-        model,
-        data.held_out,
-        data.domains,
-        dtype=torch.bfloat16 if recipe.training.dtype == "bfloat16" else torch.float32,
-        max_rows=None if max_tokens is None else max(1, max_tokens // length),
-        routing=max_tokens is None,
-        compete=recipe.compete,
-    )
+    t = recipe.training
+    # Meters that come and go would each cost a compiled layer a graph, which a few batches never pay back.
+    with torch.compiler.set_stance("force_eager") if t.compile else nullcontext():
+        return evaluate(
+            model,
+            data.held_out,
+            data.domains,
+            dtype=torch.bfloat16 if t.dtype == "bfloat16" else torch.float32,
+            max_rows=None if max_tokens is None else max(1, max_tokens // t.sequence_length),
+            routing=max_tokens is None,
+            compete=recipe.compete,
+        )
 
 
 def learning_curve(metrics: Path) -> tuple[CurvePoint, ...]:

@@ -191,8 +191,6 @@ class Recipe:
                 f"start and end must be shares of a run, the one before the other, "
                 f"got {self.compete.start} and {self.compete.end}"
             )
-        if self.compete is not None and t.compile:
-            raise Misuse("compile does not go with competition yet: leave out one of them")
         self.aux_losses()  # it knows what its fields must be
         self.model.config(t.sequence_length)
         return self
