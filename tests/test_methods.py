@@ -60,6 +60,15 @@ def test_a_part_of_a_run_becomes_steps():
     assert recipe("smoe+compete").aux_losses().compete == Compete()
 
 
+@pytest.mark.parametrize("fields", ["by=tokens,max_layers=none", "max_layers=none,by=tokens"])
+def test_fields_that_only_go_together_are_set_together(fields):
+    """Steps have a cap on layers, tokens must not have one."""
+    compete = recipe(f"smoe+compete-v2-code:{fields}").compete
+    assert (compete.by, compete.max_layers) == ("tokens", None)
+    with pytest.raises(Misuse, match="max_layers must be at least 1"):
+        recipe("smoe+compete-v2-code:by=tokens")
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -1,7 +1,7 @@
 """Setting a field deep inside a tree of frozen dataclasses by its name, as typed on the command line."""
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -28,33 +28,48 @@ def leaves(tree: Any, path: tuple = ()) -> Iterator[tuple]:
             yield (*path, f.name)
 
 
-def override(tree: Any, name: str, value: Any) -> Any:
-    """The tree with every field called `name` set (`a.b`: fields `b` below `a`). Text is parsed by the field's type.
+def override(tree: Any, values: Mapping[str, Any]) -> Any:
+    """The tree with every field of these names set (`a.b`: fields `b` below `a`). Text is parsed by the field's type.
 
-    Raises Misuse with the nearest name where there is no such field, and where the text is not of its type.
+    All are set at once: what one of them rules out may be what another allows. Raises Misuse with the nearest name
+    where there is no such field, and where the text is not of its type.
     """
-    wanted = tuple(name.split("."))
     # `name`, `size`, `kind` and `description` say what a recipe is; changing them alone would be a lie.
     paths = [path for path in leaves(tree) if path[-1] not in ("name", "size", "kind", "description")]
-    words = {path: tuple(part for part in path if isinstance(part, str)) for path in paths}
-    found = [path for path in paths if words[path][-len(wanted) :] == wanted]
+    found = {path: (name, value) for name, value in values.items() for path in named(paths, name)}
+    return with_fields(tree, found)
+
+
+def named(paths: Sequence[tuple], name: str) -> list[tuple]:
+    """Those of the paths that end in `name`."""
+    wanted = tuple(name.split("."))
+    found = [path for path in paths if tuple(part for part in path if isinstance(part, str))[-len(wanted) :] == wanted]
     if not found:
         known = sorted({path[-1] for path in paths})
         raise Misuse(f"unknown field {name!r}{nearest(wanted[-1], known)}; fields: {', '.join(known)}")
-    for path in found:
-        tree = set_path(tree, path, name, value)
-    return tree
+    return found
 
 
-def set_path(tree: Any, path: tuple, name: str, value: Any) -> Any:
-    """A copy of the tree with the field at `path` set."""
-    head, *rest = path
+def with_fields(tree: Any, found: Mapping[tuple, tuple[str, Any]]) -> Any:
+    """A copy of the tree whose fields at these paths have these values, called by these names."""
+    below: dict[Any, dict[tuple, tuple[str, Any]]] = {}
+    for (head, *rest), named_value in found.items():
+        below.setdefault(head, {})[tuple(rest)] = named_value
     if isinstance(tree, tuple):
-        return tuple(set_path(entry, tuple(rest), name, value) if i == head else entry for i, entry in enumerate(tree))
-    if rest:
-        return replace(tree, **{head: set_path(getattr(tree, head), tuple(rest), name, value)})
-    hint = get_type_hints(type(tree))[head]
-    return replace(tree, **{head: parse(value, hint, name) if isinstance(value, str) else value})
+        return tuple(with_fields(entry, below.get(index, {})) for index, entry in enumerate(tree))
+    hints = get_type_hints(type(tree))
+    return replace(
+        tree,
+        **{
+            head: parsed(*deeper[()], hints[head]) if () in deeper else with_fields(getattr(tree, head), deeper)
+            for head, deeper in below.items()
+        },
+    )
+
+
+def parsed(name: str, value: Any, hint: Any) -> Any:
+    """A value of type `hint`, of text where it is that."""
+    return parse(value, hint, name) if isinstance(value, str) else value
 
 
 def parse(text: str, hint: Any, name: str) -> Any:

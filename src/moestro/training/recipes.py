@@ -124,11 +124,10 @@ def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
         if variant not in VARIANTS:
             raise Misuse(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}")
         result = replace(VARIANTS[variant](result), name=f"{result.name}+{variant}")
-    for key, value in overrides.items():
-        result = override(result, key, value)
+    values = dict(overrides)
     for part in filter(None, fields.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             raise Misuse(f"an override must read field=value, got {part!r} in {spec!r}")
-        result = override(result, key.strip(), value.strip())
-    return replace(result, name=spec).validate()
+        values[key.strip()] = value.strip()
+    return replace(override(result, values), name=spec).validate()
