@@ -204,10 +204,11 @@ def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -
 
 def competition_numbers(found: AgreementFigures | None) -> dict[str, float | None]:
     """Of a router beside competition; the best fixed choice stands for chance."""
-    if found is None:
-        return {}
-    values = asdict(found)
-    return values | {"agreement_shuffled": values.pop("static_agreement"), "tokens": None}
+    return {
+        "agreement_shuffled" if name == "static_agreement" else name: value
+        for name, value in (asdict(found) if found else {}).items()
+        if name != "tokens"
+    }
 
 
 def held_out(

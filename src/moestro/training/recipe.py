@@ -155,8 +155,9 @@ class Recipe:
         flops = training_flops_per_token(config, length)
         if self.compete is None:
             return flops
-        resting = sum(self.compete.over(steps).rests(step) for step in range(steps)) / steps
-        share = (1 - resting) * self.compete.share(self.model.num_moe_layers)
+        rule = self.compete.over(steps)
+        competing = sum(not rule.rests(step) for step in range(steps)) / steps
+        share = competing * rule.share(self.model.num_moe_layers)
         return flops + round(share * all_experts_flops_per_token(config))
 
     def aux_losses(self) -> AuxLosses:

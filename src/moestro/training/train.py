@@ -113,8 +113,9 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
     if recipe.training.dtype == "bfloat16" and not torch.cuda.is_available():
         model.set_experts_implementation(PADDED_MM)
     if recipe.training.compile:
-        # Layers differ in who listens to them, so each has a graph for training and one for evaluation.
-        torch._dynamo.config.recompile_limit = 8 + 2 * len(model.model.layers)
+        # Layers differ in who listens to them, so each has graphs of its own: for the first micro-batch of a step and
+        # the others, before responses have a scale and after, in steps in which it competes and in others.
+        torch._dynamo.config.recompile_limit = 8 * len(model.model.layers)
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     return model
