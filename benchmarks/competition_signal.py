@@ -53,7 +53,9 @@ def row(preset: str, hidden: Tensor, outputs: Tensor, sizes: Sizes) -> list[floa
     every = torch.arange(len(hidden))
     filled = torch.ones_like(every, dtype=torch.bool)
     response = rule.respond(outputs)
-    strength = scaled(response, rule.response_scale, statistics_of(response_sums(response, filled)))
+    strength = scaled(
+        response, rule.response_scale, statistics_of(response_sums(response, filled, rule.response_scale))
+    )
     winner = strongest(strength, sizes.top_k)
     target = preferences(strength, winner, rule.target, rule.temperature)
     logits = (hidden @ torch.randn(sizes.hidden, experts) * sizes.initial_std).requires_grad_()

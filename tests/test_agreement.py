@@ -1,6 +1,7 @@
 """Figures of a router beside competition: against plain loops, at the corners, and as a run's evaluation has them."""
 
 import math
+from typing import get_args
 
 import pytest
 import tiny_models
@@ -12,6 +13,7 @@ from moestro import AuxLosses, Compete, RoutingMeter, observe, reroute
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import agreement_figures
 from moestro.competition import by_competition
+from moestro.competition.scaling import Scale
 
 
 @settings(deadline=None, max_examples=40)
@@ -20,7 +22,7 @@ from moestro.competition import by_competition
     experts=st.integers(1, 6),
     k=st.integers(1, 3),
     seed=st.integers(0, 99),
-    scale=st.sampled_from(["none", "mean", "standard"]),
+    scale=st.sampled_from(get_args(Scale)),
 )
 def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
     k = min(k, experts)
@@ -29,14 +31,23 @@ def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
     chosen = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)])
     figures = agreement_figures(response, chosen, Compete(response_scale=scale, temperature=0.7))
 
-    mean = [sum(response[t, e].item() for t in range(tokens)) / tokens for e in range(experts)]
-    std = [
-        math.sqrt(sum((response[t, e].item() - mean[e]) ** 2 for t in range(tokens)) / tokens) for e in range(experts)
-    ]
+    def in_deviations(t: int, of: list[list[float]], e: int) -> float:
+        number = [row[e] for row in of]
+        mean = sum(number) / tokens
+        std = math.sqrt(sum((n - mean) ** 2 for n in number) / tokens)
+        return (number[t] - mean) / (std + 1e-6 * abs(mean))
+
+    as_is, logs = response.tolist(), [[math.log(r) for r in row] for row in response.tolist()]
+    mean = [sum(row[e] for row in as_is) / tokens for e in range(experts)]
 
     def strength(t: int, e: int) -> float:
-        r = response[t, e].item()
-        return {"none": r, "mean": r / mean[e], "standard": (r - mean[e]) / (std[e] + 1e-6 * mean[e])}[scale]
+        r = as_is[t][e]
+        return {
+            "none": r,
+            "mean": r / mean[e],
+            "standard": in_deviations(t, as_is, e),
+            "log": in_deviations(t, logs, e),
+        }[scale]
 
     agreed, entropy, won, kept, wins = 0, 0.0, 0.0, 0.0, [0] * experts
     for t in range(tokens):

@@ -1,7 +1,7 @@
 """Competition against plain loops: winners, weights, losses and every gradient, for presets and what lies between."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from competing import OneLayer, batch, observed, run
 from moestro import AuxLosses, Compete, Misuse, reference
 from moestro.competition import PRESETS, scaled
-from moestro.competition.scaling import response_sums, statistics_of
+from moestro.competition.scaling import Scale, response_sums, statistics_of
 from moestro.losses import distillation
 
 RULES = st.sampled_from(
@@ -98,7 +98,7 @@ def test_presets_are_what_plain_loops_make_of_them(name, rows, length, experts, 
 @given(
     **SIZES,
     response=st.sampled_from(["l2", "rms", "softplus", "relu", "silu", "sigmoid"]),
-    scale=st.sampled_from(["none", "mean", "standard"]),
+    scale=st.sampled_from(get_args(Scale)),
     target=st.sampled_from(["experts", "winners"]),
     weights=st.sampled_from(["softmax", "share", "router"]),
     through=st.booleans(),
@@ -110,7 +110,9 @@ def test_presets_are_what_plain_loops_make_of_them(name, rows, length, experts, 
 def test_what_lies_between_the_presets(
     rows, length, experts, seed, response, scale, target, weights, through, forward, form, rate, rule
 ):
-    if weights == "share" and (scale == "standard" or response == "silu"):
+    if scale == "log" and response == "silu":
+        response = "softplus"
+    if weights == "share" and (scale in ("standard", "log") or response == "silu"):
         weights = "softmax"
     compete = Compete(
         response=response,
@@ -265,6 +267,7 @@ def test_no_cut_of_the_batch_changes_gradients(options: dict):
         ({"rate": 0.0}, "rate must be above 0 and at most 1, got 0.0"),
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"max_layers": 3}, 'max_layers must be at least 1, and needs by="steps", got 3'),
+        ({"response": "silu", "response_scale": "log"}, "response_scale = log needs a response that is never negative"),
         ({"weights": "share"}, "weights = share needs one of the responses"),
         ({"end_step": 0}, "end_step must lie after start_step"),
         ({"through_weights": True, "forward": False}, "through_weights needs forward"),
@@ -285,7 +288,7 @@ def test_losses_without_competition_are_refused():
 def test_what_nobody_responded_to_is_not_scaled():
     """A step whose tokens were all padding teaches no scale, and nothing becomes NaN by it."""
     response = torch.rand(3, 4)
-    none = statistics_of(response_sums(response, torch.zeros(3, dtype=torch.bool)))
+    none = statistics_of(response_sums(response, torch.zeros(3, dtype=torch.bool), "standard"))
     assert torch.equal(scaled(response, "mean", none), response)
     torch.testing.assert_close(scaled(response, "standard", none), response - 1)
-    assert all(scaled(response, scale, none).isfinite().all() for scale in ("none", "mean", "standard"))
+    assert all(scaled(response, scale, none).isfinite().all() for scale in get_args(Scale))

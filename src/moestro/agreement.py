@@ -47,11 +47,11 @@ def agreement_figures(
     """
     tokens, num_experts = response.shape
     k = chosen.shape[1]
-    statistics = statistics_of(response_sums(response, torch.ones(tokens, dtype=torch.bool)))
+    statistics = statistics_of(response_sums(response, torch.ones(tokens, dtype=torch.bool), rule.response_scale))
     strength = scaled(response, rule.response_scale, statistics)
     winner = strongest(strength, k)
     target = preferences(strength, winner, rule.target, rule.temperature)
-    over_mean = response / statistics.mean.abs().clamp_min(1e-12)
+    over_mean = response / response.mean(0).abs().clamp_min(1e-12)
     won, lost = over_mean.gather(-1, winner).sum(), over_mean.gather(-1, chosen).sum()
     wins = torch.bincount(winner.flatten(), minlength=num_experts).double()
     static = wins.topk(k).values.sum() / (tokens * k)

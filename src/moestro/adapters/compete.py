@@ -68,7 +68,7 @@ class Competitor:
         """Add a record's responses to the statistics of the step, where they need any."""
         if self.rule.response_scale == "none":
             return
-        sums = response_sums(competition.response, competition.filled)
+        sums = response_sums(competition.response, competition.filled, self.rule.response_scale)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def decide(

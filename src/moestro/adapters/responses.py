@@ -58,7 +58,8 @@ class ResponseMeter:
         for name, parts in self._response.items():
             if parts:
                 response = torch.cat(parts)
-                found[name] = statistics_of(response_sums(response, torch.ones(len(response), dtype=torch.bool)))
+                everyone = torch.ones(len(response), dtype=torch.bool)
+                found[name] = statistics_of(response_sums(response, everyone, self.rule.response_scale))
         return found
 
     @property

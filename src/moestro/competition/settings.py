@@ -59,7 +59,10 @@ class Compete:
             raise Misuse(f"tie_break must be 0 or more, got {self.tie_break}")
         if self.end_step is not None and self.end_step <= self.start_step:
             raise Misuse(f"end_step must lie after start_step ({self.start_step}), got {self.end_step}")
-        if self.weights == "share" and (self.response_scale == "standard" or self.response not in POSITIVE):
+        positive = callable(self.response) or self.response in POSITIVE
+        if self.response_scale == "log" and not positive:
+            raise Misuse(f"response_scale = log needs a response that is never negative, got {self.response}")
+        if self.weights == "share" and (self.response_scale in ("standard", "log") or self.response not in POSITIVE):
             raise Misuse(f"weights = share needs one of the responses {', '.join(sorted(POSITIVE))}, not standardised")
         if self.through_weights and (self.weights == "router" or not self.forward):
             raise Misuse("through_weights needs forward, and weights that are made of responses")

@@ -42,9 +42,10 @@ def respond(output: Float[Tensor, " dim"], kind: str) -> Tensor:
 
 
 def on_scale(response: Tensor, expert: int, scale: str, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """A response as it is, over its expert's mean, or in standard deviations from it."""
+    """A response as it is, over its expert's mean, or it (or its logarithm) in standard deviations from the mean."""
     if scale == "none":
         return response
+    response = torch.log(response) if scale == "log" else response
     return response / mean[expert] if scale == "mean" else (response - mean[expert]) / std[expert]
 
 
