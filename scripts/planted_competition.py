@@ -118,9 +118,16 @@ COMPETITION = [
     Bug(
         "competition: padding counts in an expert's mean",
         "competition/scaling.py",
-        "response.double().masked_fill(~filled[:, None], 0.0)",
-        "response.double()",
+        "units(response, scale).double().masked_fill(~filled[:, None], 0.0)",
+        "units(response, scale).double()",
         "test_compete",
+    ),
+    Bug(
+        "competition: statistics of responses, where logarithms are scaled",
+        "competition/scaling.py",
+        "number = units(response, scale).double()",
+        "number = response.double()",
+        "test_agreement",
     ),
     Bug(
         "competition: less the mean of the token's experts, not of the expert's tokens",
