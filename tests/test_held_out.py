@@ -37,10 +37,10 @@ def test_routers_beside_competition_are_measured_where_the_held_out_loss_is(metr
     assert all("competition/agreement" not in line for line in others)
 
 
-def test_a_curve_keeps_what_is_drawn(metrics: list[dict], tmp_path: Path):
+def test_a_curve_keeps_what_is_read(metrics: list[dict], tmp_path: Path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     curve = held_out.learning_curve(tmp_path / "metrics.jsonl")
     assert [point.step for point in curve] == [line["step"] for line in metrics]
     last = metrics[-1]
     assert curve[-1].competition["regret"] == last["competition/regret"]
-    assert set(curve[-1].competition) == set(held_out.DRAWN)
+    assert set(curve[-1].competition) == set(held_out.KEPT)

@@ -28,7 +28,7 @@ def test_every_recipe_with_experts_takes_every_method(name, method):
 def test_a_method_is_its_preset(preset):
     method = "compete" if preset == "ours" else f"compete-{preset}"
     aux = recipe(f"cartesian+{method}").aux_losses()
-    wanted = PRESETS[preset](8)  # four blocks of two MoE sub-layers
+    wanted = PRESETS[preset](4)  # blocks: over their two sub-layers losses add up
     assert {name: getattr(aux, name) for name in wanted} == wanted
 
 
@@ -73,6 +73,7 @@ def test_fields_that_only_go_together_are_set_together(fields):
     ("spec", "message"),
     [
         ("smoe+compete:start=0.5,end=0.2", "start and end must be shares of a run"),
+        ("smoe+compete:start_step=100", "start_step and end_step are set by start and end"),
         ("smoe+compete:rate=2", "rate must be above 0 and at most 1, got 2.0"),
         ("smoe+compete:response=loud", "response must be one of"),
         ("smoe:compete=true", r"compete is set by a variant, as in smoe\+compete, got 'true'"),

@@ -49,7 +49,8 @@ competes and what is known of responses."""
 def losses(folder: Path) -> list[tuple]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     names = ["step", "loss", "held_out_loss", "max_vio", "aux/balance", "aux/distillation", "competition/agreement"]
-    layer = "competition/model.layers.1.feed_forward.0/tokens"
+    names.append("competition/changed")
+    layer = "competing/model.layers.1.feed_forward.0"
     assert sum(line[layer] for line in lines) == 40 * 4 * 4  # steps, sequences, a tenth of their tokens rounded up
     return [tuple(line.get(name) for name in [*names, layer]) for line in lines]
 

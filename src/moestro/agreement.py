@@ -12,7 +12,7 @@ from moestro.competition.scaling import response_sums, statistics_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgreementFigures:
-    """A router beside competition in one layer. Responses are on the scale of the competition's rule."""
+    """A router beside competition in one layer. Winners and target are those of the competition's rule."""
 
     tokens: int
     agreement: float
@@ -47,7 +47,8 @@ def agreement_figures(
     """
     tokens, num_experts = response.shape
     k = chosen.shape[1]
-    statistics = statistics_of(response_sums(response, torch.ones(tokens, dtype=torch.bool), rule.response_scale))
+    everyone = torch.ones(tokens, dtype=torch.bool, device=response.device)
+    statistics = statistics_of(response_sums(response, everyone, rule.response_scale))
     strength = scaled(response, rule.response_scale, statistics)
     winner = strongest(strength, k)
     target = preferences(strength, winner, rule.target, rule.temperature)

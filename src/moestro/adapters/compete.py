@@ -99,16 +99,17 @@ class Competitor:
         self, batch: Batch
     ) -> tuple[Int[Tensor, " competing"], Bool[Tensor, " competing"], Int[Tensor, " competing"]]:
         """The competing tokens, which of the rows are filled, and a random number for each."""
-        if self.rule.by == "steps" and not self.rule.tie_break:  # nothing is chosen, nothing drawn
-            token = torch.arange(len(batch.sequence), device=batch.sequence.device)
-            return token, torch.ones_like(token, dtype=torch.bool) if batch.valid is None else batch.valid, token
+        rule, everyone = self.rule, torch.arange(len(batch.sequence), device=batch.sequence.device)
+        valid = torch.ones_like(everyone, dtype=torch.bool) if batch.valid is None else batch.valid
+        if rule.by == "steps" and not rule.tie_break:  # nothing is chosen, nothing drawn
+            return everyone, valid, everyone
         if batch.input_ids is None:
             raise Misuse(
                 f"competing tokens are chosen, and ties broken, by their content: the model must be called with "
                 f"input_ids ({self.layer.name})"
             )
         key = content(batch) + self.key.to(batch.sequence.device)
-        token, filled = competing_tokens(batch, key, self.rule.rate if self.rule.by == "tokens" else 1.0)
+        token, filled = (everyone, valid) if rule.by == "steps" else competing_tokens(batch, key, rule.rate)
         return token, filled, key[token]
 
     def breaking(self, key: Int[Tensor, " competing"]) -> Float[Tensor, "competing experts"] | None:

@@ -79,8 +79,8 @@ class LayerLosses:
 
     def weigh(self, name: str, record: LayerRecord, share: Tensor) -> Tensor:
         """One loss as a scalar: over sequences by their share of the whole batch, over weights by this pass's share."""
-        if name in OF_COMPETITION and record.competition is None:
-            return share.new_zeros(())
+        if name in OF_COMPETITION and record.competition is None:  # a graph, for a loop in which this is the only loss
+            return share.new_zeros(()) + 0.0 * record.proposed.weight.sum()
         value = self.functions()[name](record)
         if name in OF_WEIGHTS:
             return value * share.sum()  # type: ignore[operator]

@@ -4,6 +4,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def over_ranks(value: Tensor) -> Tensor:
     """The sum over all ranks."""
     if dist.is_initialized():

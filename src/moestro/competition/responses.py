@@ -11,8 +11,9 @@ from torch import Tensor
 Run = Callable[[Float[Tensor, "some dim"]], Float[Tensor, "some experts out"]]
 """Runs all of a layer's experts on any tokens."""
 
-NUMBERS = 2**22
-"""Numbers of experts' outputs that are held at once."""
+NUMBERS, ROWS = 2**22, 256
+"""Of experts' outputs so many numbers are held at once; but at least so many tokens' outputs, for each part reads (and
+casts) the weights of all experts."""
 
 Response = Callable[[Float[Tensor, "*rows dim"]], Float[Tensor, "*rows"]]
 
@@ -60,5 +61,10 @@ def responses(
     run: Run, hidden: Float[Tensor, "competing dim"], num_experts: int, respond: Response
 ) -> Float[Tensor, "competing experts"]:
     """Every expert's response to some tokens, without graph, fp32, in parts of bounded memory."""
-    parts = hidden.split(max(1, NUMBERS // (num_experts * hidden.shape[1])))
+    parts = hidden.split(rows_at_once(num_experts, hidden.shape[1]))
     return torch.cat([respond(run(part).float()) for part in parts])
+
+
+def rows_at_once(num_experts: int, dim: int) -> int:
+    """Tokens that all experts answer together."""
+    return max(ROWS, NUMBERS // (num_experts * dim))

@@ -35,11 +35,16 @@ def competing_tokens(
     number = (rate * length.double() - ROUNDING).ceil()
     competes = torch.zeros_like(valid).scatter(0, order, rank < number[sequence[order]])
     if batch.num_sequences < tokens:
-        rows = batch.num_sequences * math.ceil(rate * (tokens // batch.num_sequences) - ROUNDING)
+        rows = batch.num_sequences * number_competing(rate, tokens // batch.num_sequences)
     else:
         rows = int(competes.sum())
     token = competes.int().argsort(descending=True, stable=True)[:rows]
     return token, competes[token]
+
+
+def number_competing(rate: float, length: int) -> int:
+    """How many of a sequence's tokens compete."""
+    return math.ceil(rate * length - ROUNDING)
 
 
 def competes_in_step(step: int, layer: int, num_layers: int, rate: float, max_layers: int | None, seed: int) -> bool:

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from moestro.competition.responses import POSITIVE, RESPONSES, Response
 from moestro.competition.scaling import Scale
-from moestro.competition.schedule import share_of_steps
+from moestro.competition.schedule import number_competing, share_of_steps
 from moestro.competition.winners import Target, Weights
 from moestro.errors import Misuse
 
@@ -72,8 +72,10 @@ class Compete:
         """The response as a function."""
         return RESPONSES[self.response] if isinstance(self.response, str) else self.response
 
-    def share(self, num_layers: int) -> float:
-        """Of all tokens in all of so many layers, how many compete while competition does not rest."""
+    def share(self, num_layers: int, sequence_length: int) -> float:
+        """Of the tokens of sequences of that length, in so many layers, how many compete unless competition rests."""
+        if self.by == "tokens":
+            return number_competing(self.rate, sequence_length) / sequence_length
         return share_of_steps(self.rate, self.max_layers, num_layers)
 
     def rests(self, step: int) -> bool:

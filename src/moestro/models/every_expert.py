@@ -19,18 +19,19 @@ def every_expert(
         dtype: of the products.
     """
     experts: Any = self
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    weight, rows = getattr(experts, up).to(dtype), hidden_states.to(dtype)
-    if experts.is_transposed:
-        inner = torch.matmul(rows, weight).transpose(0, 1)
-    else:  # one product, of all experts' rows
-        inner = F.linear(rows, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
-    inner = with_bias(inner, experts, up)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    weight = experts.down_proj.to(dtype)
-    weight = weight if experts.is_transposed else weight.transpose(1, 2)
-    outputs = with_bias(torch.bmm(inner.transpose(0, 1), weight).transpose(0, 1), experts, "down_proj")
-    return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
+    with torch.autocast(hidden_states.device.type, enabled=False):  # `dtype` alone decides
+        up = "gate_up_proj" if experts.has_gate else "up_proj"
+        weight, rows = getattr(experts, up).to(dtype), hidden_states.to(dtype)
+        if experts.is_transposed:
+            inner = torch.matmul(rows, weight).transpose(0, 1)
+        else:  # one product, of all experts' rows
+            inner = F.linear(rows, weight.flatten(0, 1)).unflatten(-1, weight.shape[:2])
+        inner = with_bias(inner, experts, up)
+        inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+        weight = experts.down_proj.to(dtype)
+        weight = weight if experts.is_transposed else weight.transpose(1, 2)
+        outputs = with_bias(torch.bmm(inner.transpose(0, 1), weight).transpose(0, 1), experts, "down_proj")
+        return experts.post_expert_norm(outputs) if experts.has_post_expert_norm else outputs
 
 
 def with_bias(

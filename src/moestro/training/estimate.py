@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moestro.competition.responses import NUMBERS
+from moestro.competition.responses import rows_at_once
 from moestro.models.configuration import Dense, MoE
 from moestro.models.counting import count_parameters
 from moestro.training.precision import faster_dtype, product_seconds
@@ -97,7 +97,8 @@ def activation_bytes(recipe: Recipe, width: int) -> float:
 def answers_bytes(recipe: Recipe, width: int) -> float:
     """What competition holds at once, `width` bytes a number: answers of all experts of one layer, a part at a time.
 
-    Where gradient goes through the winners' shares, their outputs too, in as many layers as compete in one step.
+    Where gradient goes through the winners' shares, or their outputs shall differ, every token's chosen outputs too, in
+    all layers that compete in one step (one, where a block's activations are recomputed).
     """
     rule, t, model = recipe.compete, recipe.training, recipe.model
     if rule is None:
@@ -106,11 +107,16 @@ def answers_bytes(recipe: Recipe, width: int) -> float:
     competing = tokens * (rule.rate if rule.by == "tokens" else 1.0)
     specs = [spec for spec in model.block if isinstance(spec, MoE)]
     answers = max(
-        min(competing * spec.num_experts, NUMBERS / model.hidden_size) * (2 * model.hidden_size + 3 * spec.width)
+        min(competing, rows_at_once(spec.num_experts, model.hidden_size))
+        * spec.num_experts
+        * (2 * model.hidden_size + 3 * spec.width)
         for spec in specs
     )
     kept = 0.0
-    if rule.through_weights:
-        layers = max(1, round(rule.share(model.num_moe_layers) * model.num_moe_layers))
+    if rule.through_weights or recipe.losses.diversity:
+        layers = model.num_moe_layers
+        if rule.by == "steps":
+            layers = max(1, round(rule.share(layers, t.sequence_length) * layers))
+        layers = 1 if t.checkpointing else layers
         kept = layers * tokens * max(spec.top_k for spec in specs) * model.hidden_size
     return width * (answers + kept)

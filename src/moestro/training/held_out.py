@@ -4,10 +4,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from moestro.adapters.ranks import over_ranks
+from moestro.adapters.ranks import over_ranks, rank
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
 from moestro.comparison import CurvePoint
@@ -19,7 +20,7 @@ from moestro.training.runs import read_metrics
 
 CURVE_TOKENS = 8_192
 """Held-out tokens of each point of a learning curve."""
-DRAWN = ("agreement", "static_agreement", "regret", "target_entropy", "response", "changed")
+KEPT = ("agreement", "static_agreement", "regret", "target_entropy", "response", "changed")
 """What a learning curve keeps of the router beside competition."""
 LOGGED = (*(f.name for f in fields(AgreementFigures) if f.name != "tokens"), "changed")
 
@@ -50,7 +51,7 @@ def learning_curve(metrics: Path) -> tuple[CurvePoint, ...]:
             tokens=line["tokens"],
             loss=line["loss"],
             held_out_loss=line.get("held_out_loss"),
-            competition={name: line[f"competition/{name}"] for name in DRAWN if f"competition/{name}" in line},
+            competition={name: line[f"competition/{name}"] for name in KEPT if f"competition/{name}" in line},
         )
         for line in read_metrics(metrics)
     )
@@ -61,33 +62,34 @@ class HeldOutCurve:
 
     What it returns is logged: `held_out_loss`, and of models with experts `competition/NAME` (mean over layers) and
     `competition/LAYER/NAME` for the fields of `AgreementFigures` and for `changed`: the share of the tokens' experts
-    that were others at the point before. Over ranks, each with its own rows, they are averaged.
+    that were others at the point before. Over ranks, each with its own rows, they are averaged. Choices are kept in
+    `folder`, so that a resumed run finds those of the point before.
     """
 
-    def __init__(self, model: MoestroForCausalLM, recipe: Recipe, data: PreparedData) -> None:
-        self.model, self.recipe, self.data = model, recipe, data
-        self.before: dict[str, Tensor] = {}
+    def __init__(self, model: MoestroForCausalLM, recipe: Recipe, data: PreparedData, folder: Path) -> None:
+        self.model, self.recipe, self.data, self.folder = model, recipe, data, folder
 
-    def __call__(self) -> dict[str, float]:
-        """Measure here."""
+    def __call__(self, step: int) -> dict[str, float]:
+        """Measure after `step` steps."""
         meter = ResponseMeter(self.recipe.compete)
         with meter.attach(self.model) if self.model.config.has_experts else nullcontext():
             evaluation = held_out_evaluation(self.model, self.recipe, self.data, CURVE_TOKENS)
-        return {"held_out_loss": evaluation.loss} | self.beside_competition(meter)
+        return {"held_out_loss": evaluation.loss} | self.beside_competition(meter, step)
 
-    def beside_competition(self, meter: ResponseMeter) -> dict[str, float]:
+    def beside_competition(self, meter: ResponseMeter, step: int) -> dict[str, float]:
         """What the meter saw, layer by layer and in the mean."""
         chosen, figures = meter.chosen(), meter.figures()
+        before = self.choices_before(step)
+        self.keep(step, chosen)
         sums = torch.zeros(2, len(meter.layers), len(LOGGED), dtype=torch.float64)  # of values, and of who knows them
         for index, layer in enumerate(meter.layers):
             if layer in figures:  # a rank without a row takes part in the reduction all the same
                 known = asdict(figures[layer])
-                if layer in self.before:
-                    known["changed"] = changed(self.before[layer], chosen[layer])
+                if layer in before:
+                    known["changed"] = changed(before[layer], chosen[layer])
                 for place, name in enumerate(LOGGED):
                     if name in known:
                         sums[:, index, place] = torch.tensor([known[name], 1.0])
-        self.before = chosen
         total, count = over_ranks(sums.to(self.model.device)).cpu()
         logged = {}
         for place, name in enumerate(LOGGED):
@@ -97,6 +99,28 @@ class HeldOutCurve:
             logged[f"competition/{name}"] = sum(mean) / len(mean)
             logged |= {f"competition/{layer}/{name}": value for layer, value in zip(meter.layers, mean, strict=True)}
         return logged
+
+    def choices_before(self, step: int) -> dict[str, Tensor]:
+        """What this rank's routers chose at the last point before `step`; nothing at the first."""
+        earlier = [place for path in self.folder.glob(f"*-{rank()}.npz") if (place := step_of(path)) < step]
+        if not earlier:
+            return {}
+        with np.load(self.folder / f"{max(earlier)}-{rank()}.npz") as kept:
+            return {layer: torch.from_numpy(kept[layer]).long() for layer in kept.files}
+
+    def keep(self, step: int, chosen: dict[str, Tensor]) -> None:
+        """Write down what this rank's routers chose, whole or not at all."""
+        if not chosen:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{step}-{rank()}.npz"
+        np.savez(partial := path.with_suffix(".part.npz"), **{n: e.numpy().astype(np.int16) for n, e in chosen.items()})
+        partial.replace(path)
+
+
+def step_of(path: Path) -> int:
+    """The step after which choices were made."""
+    return int(path.name.partition("-")[0])
 
 
 def changed(before: Tensor, after: Tensor) -> float:

@@ -38,7 +38,7 @@ def compete_v2_code(recipe: Recipe) -> Recipe:
 def competing(recipe: Recipe, preset: str, what: str) -> Recipe:
     """The recipe with competition by one of `moestro.competition.PRESETS`."""
     need_experts(recipe, "compete")
-    settings = PRESETS[preset](recipe.model.num_moe_layers)
+    settings = PRESETS[preset](recipe.model.num_moe_blocks)
     rule = fields_of(settings.pop("compete"))
     return replace(
         recipe,

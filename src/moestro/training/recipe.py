@@ -31,9 +31,14 @@ class Model:
     depth_scaled_init: bool = True
 
     @property
+    def num_moe_blocks(self) -> int:
+        """Blocks that hold MoE sub-layers."""
+        return self.num_layers // self.every if any(isinstance(spec, MoE) for spec in self.block) else 0
+
+    @property
     def num_moe_layers(self) -> int:
         """MoE sub-layers of all blocks."""
-        return sum(isinstance(spec, MoE) for spec in self.block) * (self.num_layers // self.every)
+        return sum(isinstance(spec, MoE) for spec in self.block) * self.num_moe_blocks
 
     def config(self, sequence_length: int, end_of_text: int | None = None) -> MoestroConfig:
         """The model's config; `end_of_text` is the id of the token that stands between documents."""
@@ -149,7 +154,10 @@ class Recipe:
     training: Training
 
     def training_flops(self) -> int:
-        """Of the run, per token at the training sequence length: forward, backward and competition's answers."""
+        """Of the run, per token at the training sequence length: forward, backward and competition's answers.
+
+        By tokens a row counts as one sequence: of documents packed apart (`block_diagonal`) a few more tokens compete.
+        """
         length, steps = self.training.sequence_length, self.training.steps
         config = self.model.config(length)
         flops = training_flops_per_token(config, length)
@@ -157,7 +165,7 @@ class Recipe:
             return flops
         rule = self.compete.over(steps)
         competing = sum(not rule.rests(step) for step in range(steps)) / steps
-        share = competing * rule.share(self.model.num_moe_layers)
+        share = competing * rule.share(self.model.num_moe_layers, length)
         return flops + round(share * all_experts_flops_per_token(config))
 
     def aux_losses(self) -> AuxLosses:
@@ -187,6 +195,8 @@ class Recipe:
             isinstance(spec, MoE) and spec.router.selection_bias for spec in self.model.block
         ):
             raise Misuse("bias_rate needs a router with a selection bias, and this recipe has none: set it to 0")
+        if self.compete is not None and (self.compete.start_step, self.compete.end_step) != (0, None):
+            raise Misuse("start_step and end_step are set by start and end, as shares of the run")
         if self.compete is not None and not 0 <= self.compete.start < self.compete.end <= 1:
             raise Misuse(
                 f"start and end must be shares of a run, the one before the other, "

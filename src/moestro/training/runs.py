@@ -1,7 +1,8 @@
 """A run is a folder. What it holds says what it is, how far it came, and whether it is finished.
 
-`run.json` (what was asked, resolved), `environment.json`, `metrics.jsonl`, `checkpoint-N/`, `held_out.npz` (loss per
-document), `model/` (the final weights) and, written last, `summary.json`, whose presence means finished.
+`run.json` (what was asked, resolved), `environment.json`, `metrics.jsonl`, `choices/` (what routers chose on a sample of
+held-out text, at each point of the curve), `checkpoint-N/`, `held_out.npz` (loss per document), `model/` (the final
+weights) and, written last, `summary.json`, whose presence means finished.
 """
 
 import json
@@ -21,6 +22,7 @@ from moestro.training.recipe import Recipe
 RUN = "run.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
+CHOICES = "choices"
 
 
 def describe_run(recipe: Recipe, data: PreparedData, seed: int) -> dict[str, Any]:

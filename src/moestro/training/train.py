@@ -28,7 +28,7 @@ from moestro.training.initialise import initialise
 from moestro.training.precision import faster_dtype
 from moestro.training.progress import MetricsFile, ProgressBar
 from moestro.training.recipe import Recipe
-from moestro.training.runs import METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run
+from moestro.training.runs import CHOICES, METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run
 from moestro.training.trainer import Interruption, PretrainingTrainer
 
 LOGS, CURVE_POINTS, CHECKPOINTS = 40, 6, 4
@@ -141,7 +141,7 @@ def build_trainer(
         aux=aux if model.config.has_experts else AuxLosses(),
         meter=RoutingMeter(training=True) if model.config.has_experts else None,
         tokens_per_step=recipe.training.batch_tokens,
-        held_out=HeldOutCurve(model, recipe, data),
+        held_out=HeldOutCurve(model, recipe, data, folder / CHOICES),
         held_out_every=every(recipe.training.steps, CURVE_POINTS),
         callbacks=[
             interruption,

@@ -34,7 +34,7 @@ class PretrainingTrainer(Trainer):
         aux: AuxLosses,
         meter: RoutingMeter | None,
         tokens_per_step: int,
-        held_out: Callable[[], dict[str, float]],
+        held_out: Callable[[int], dict[str, float]],
         held_out_every: int,
         **kwargs: Any,
     ):
@@ -94,12 +94,12 @@ class PretrainingTrainer(Trainer):
             figures = self.meter.figures()
             added["max_vio"] = max((f.max_vio_batch for f in figures.values()), default=0.0)
             added["dead_experts"] = sum(f.dead_experts for f in figures.values())
-            added |= {f"competition/{layer}/tokens": f.competing for layer, f in figures.items() if f.competing}
+            added |= {f"competing/{layer}": f.competing for layer, f in figures.items() if f.competing}
             self.meter.reset()
         step = self.state.global_step
         self._task_loss, self._logged_steps = [], step
         if step % self.held_out_every == 0 or step == self.state.max_steps:
-            added |= self.held_out()
+            added |= self.held_out(step)
         return logs | added
 
     @property
