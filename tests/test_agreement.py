@@ -98,15 +98,23 @@ def test_the_meter_sees_evaluation_alone_and_changes_nothing():
 
 
 def test_a_texts_statistics_bring_its_responses_on_one_scale():
-    """Statistics of a text bring its responses on one scale; the strongest by them then win every token."""
+    """In the first layer, whose tokens are the same, the strongest by the text's own statistics win every one."""
     tiny = tiny_models.build("mixtral")
     tiny.model.eval()
-    meter, rule = ResponseMeter(), Compete()
+    meter, rule, records = ResponseMeter(), Compete(), []
     with meter.attach(tiny.model), torch.no_grad():
         tiny.model(**tiny.inputs)
-    with torch.no_grad(), reroute(tiny.model, by_competition(rule, meter.statistics())):
-        competed = tiny.model(**tiny.inputs).logits
-    assert not torch.allclose(competed, tiny.model(**tiny.inputs).logits)
+    competing = reroute(tiny.model, by_competition(rule, meter.statistics()))
+    with torch.no_grad(), competing, observe(tiny.model, records.append):
+        tiny.model(**tiny.inputs)
+    hidden, layer, routing = records[0].hidden, records[0].layer, records[0].routing
+    everyone = torch.ones(len(hidden), 1)
+    lengths = torch.stack(
+        [layer.experts(hidden, everyone.long() * e, everyone).norm(dim=-1).log() for e in range(layer.num_experts)], -1
+    )
+    strength = (lengths - lengths.mean(0)) / lengths.std(0, correction=0)
+    assert torch.equal(routing.expert.sort().values, strength.topk(layer.top_k).indices.sort().values)
+    assert not torch.equal(routing.expert, records[0].proposed.expert)
     assert all(figures.regret > 0 for figures in meter.figures().values())
 
 

@@ -101,11 +101,20 @@ class LayerStatistics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompetedLoss:
-    """The loss on a part of the held-out text, and what it would be if experts competed for every token there."""
+    """The loss on a part of the held-out text, and what it would be if experts competed for every token there.
+
+    None where it is not finite.
+    """
 
     tokens: int
-    router: float
-    competition: float
+    router: float | None
+    competition: float | None
+
+    @property
+    def gain(self) -> float | None:
+        """What competing at test adds to the loss."""
+        known = self.router is not None and self.competition is not None
+        return self.competition - self.router if known else None  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

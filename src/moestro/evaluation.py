@@ -121,9 +121,8 @@ def beside_competition(
     with reroute(model, by_competition(meter.rule, meter.statistics())):
         by_all = run_on_first(model, rows, batch_rows, RESPONSE_TOKENS)
     tokens = by_router[1].sum()
-    return meter.figures(), CompetedLoss(
-        tokens=int(tokens), router=float(by_router[0].sum() / tokens), competition=float(by_all[0].sum() / tokens)
-    )
+    router, competition = (finite(float(sums[0].sum() / tokens)) for sums in (by_router, by_all))
+    return meter.figures(), CompetedLoss(tokens=int(tokens), router=router, competition=competition)
 
 
 def run_on_first(model: nn.Module, rows: PackedRows, batch_rows: int, tokens: int) -> Float[Tensor, "2 documents"]:
@@ -183,13 +182,9 @@ def layer_statistics(
 
 
 def numbers(figures: RoutingFigures) -> dict[str, float | None]:
-    """Every field that is one number, but for those that only training knows; None where it is not finite."""
+    """Every field that is one number, but for those that only training knows."""
     values = {f.name: getattr(figures, f.name) for f in fields(figures) if f.name not in ("competing", "agreement")}
-    return {
-        name: float(value) if value is not None and math.isfinite(value) else None
-        for name, value in values.items()
-        if value is None or isinstance(value, int | float)
-    }
+    return {name: finite(value) for name, value in values.items() if value is None or isinstance(value, int | float)}
 
 
 def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -> dict[str, float | None]:
@@ -204,11 +199,17 @@ def pair_numbers(joint: JointFigures | None, composed: ComposedFigures | None) -
 
 def competition_numbers(found: AgreementFigures | None) -> dict[str, float | None]:
     """Of a router beside competition; the best fixed choice stands for chance."""
-    return {
-        "agreement_shuffled" if name == "static_agreement" else name: value
-        for name, value in (asdict(found) if found else {}).items()
-        if name != "tokens"
-    }
+    if found is None:
+        return {}
+    values = asdict(found) | {"corrected_agreement": found.corrected_agreement}
+    del values["tokens"]
+    values["agreement_shuffled"] = values.pop("static_agreement")
+    return {name: finite(value) for name, value in values.items()}
+
+
+def finite(value: float | int | None) -> float | None:
+    """A number that a record can hold; None where it is not finite or not known."""
+    return None if value is None or not math.isfinite(value) else float(value)
 
 
 def held_out(

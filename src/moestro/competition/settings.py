@@ -18,7 +18,8 @@ class Compete:
 
     response: Response | str = "l2"
     """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.RESPONSES`), or a function of outputs."""
-    response_scale: Scale = "standard"
+    response_scale: Scale = "log"
+    """What makes responses comparable between experts; log takes responses above 0 (lengths are nearly log-normal)."""
     temperature: float = 1.0
     """Of the target, and of the winners' softmax."""
     target: Target = "experts"

@@ -4,7 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from moestro.comparison import Comparison, RecipeResult, Run
+from moestro.comparison import Comparison, Run
+from moestro.report.heatmaps import moe_recipes
 from moestro.report.measures import CHANCE, Measure, measures, over_layers
 from moestro.report.numbers import fixed, mean, signed
 
@@ -22,7 +23,15 @@ OF_ROUTING = (
     "composed",
     "rerouted",
 )
-OF_COMPETITION = ("agreement", "regret", "target_entropy", "winners_max_vio", "response")
+OF_COMPETITION = (
+    "agreement",
+    "corrected_agreement",
+    "regret",
+    "target_entropy",
+    "spread",
+    "winners_max_vio",
+    "response",
+)
 """Shown where experts competed in any recipe."""
 
 
@@ -50,7 +59,7 @@ class Learnt:
 
 def learnt_rows(comparison: Comparison) -> tuple[Learnt, ...]:
     """The measures of all recipes with experts."""
-    sparse = with_experts(comparison)
+    sparse = [comparison.recipes[index] for index, _ in moe_recipes(comparison)]
     competes = any(recipe.competes for recipe in sparse)
     numbers = [[run_numbers(run, competes) for run in recipe.runs] for recipe in sparse]
     everything = [layer for runs in numbers for layers in runs for layer in layers]
@@ -58,11 +67,6 @@ def learnt_rows(comparison: Comparison) -> tuple[Learnt, ...]:
         Learnt(measure=measure, cells=tuple(cell(measure, runs, numbers[0]) for runs in numbers))
         for measure in measures(everything)
     )
-
-
-def with_experts(comparison: Comparison) -> list[RecipeResult]:
-    """The recipes that have any."""
-    return [recipe for recipe in comparison.recipes if all(run.layers for run in recipe.runs)]
 
 
 def cell(measure: Measure, runs: Sequence[Sequence[Numbers]], first: Sequence[Sequence[Numbers]]) -> Cell:
@@ -89,5 +93,4 @@ def run_numbers(run: Run, competes: bool) -> list[Numbers]:
     layers = [
         {n: value for n, value in layer.figures.items() if n.removesuffix(CHANCE) in shown} for layer in run.layers
     ]
-    gain = None if run.competed is None else run.competed.competition - run.competed.router
-    return [*layers, {"competed": gain}] if competes else layers
+    return [*layers, {"competed": run.competed and run.competed.gain}] if competes else layers

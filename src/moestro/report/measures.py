@@ -144,6 +144,13 @@ KNOWN = (
         "sample. Chance is here the best fixed choice for all tokens.",
     ),
     Measure(
+        field="corrected_agreement",
+        title="agreement above fixed",
+        unit="share of the rest",
+        meaning="How far agreement is above that of the best fixed choice, as a share of what is left above that: 0 "
+        "for a router that sees nothing, 1 for one that knows all winners.",
+    ),
+    Measure(
         field="regret",
         least=0.02,
         title="regret",
@@ -161,6 +168,12 @@ KNOWN = (
         title="entropy of the target",
         unit="of an even one",
         meaning="Of what competition would teach the router: 1 where it says nothing.",
+    ),
+    Measure(
+        field="spread",
+        title="spread of responses",
+        meaning="Standard deviation over experts of a token's responses, each over its expert's mean: 0 where all "
+        "answer alike and competition has nothing to say.",
     ),
     Measure(
         field="winners_max_vio",

@@ -1,7 +1,7 @@
 """A run is a folder. What it holds says what it is, how far it came, and whether it is finished.
 
-`run.json` (what was asked, resolved), `environment.json`, `metrics.jsonl`, `choices/` (what routers chose on a sample of
-held-out text, at each point of the curve), `checkpoint-N/`, `held_out.npz` (loss per document), `model/` (the final
+`run.json` (what was asked, resolved), `environment.json`, `metrics.jsonl`, `choices/` (what routers chose on a part of
+the held-out text, at each point of the curve), `checkpoint-N/`, `held_out.npz` (loss per document), `model/` (the final
 weights) and, written last, `summary.json`, whose presence means finished.
 """
 
