@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import SMALL, sources, write_corpus
+from moestro.training.runs import read_metrics
 from test_aux_losses import assert_equal
 
 RECIPES = [
@@ -43,3 +44,13 @@ def test_two_ranks_equal_one(recipe: str, tmp_path: Path):
     if "bias_rate" in recipe:
         assert any(tensor.any() for name, tensor in one.items() if name.endswith("e_score_correction_bias"))
     assert_equal(two, one, 1e-5)
+    points = [
+        [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "held_out_loss" in line]
+        for name in ("one", "two")
+    ]
+    assert len(points[0]) == len(points[1]) > 2
+    for alone, together in zip(*points, strict=True):
+        assert together["held_out_loss"] == pytest.approx(alone["held_out_loss"], rel=1e-5)
+        # Each rank's sample is of its own rows: means of two samples, near the one sample's.
+        assert together["competition/response"] == pytest.approx(alone["competition/response"], rel=0.1)
+        assert together.keys() == alone.keys()
