@@ -126,14 +126,15 @@ def test_training_costs_three_forward_passes():
 
 
 @pytest.mark.parametrize(
-    "variant", ["compete", "compete:forward=False", "compete:rate=0.02", "compete:rate=0.25,start=0.25,end=0.75"]
+    "variant",
+    ["compete:start=0", "compete:start=0,forward=False", "compete:start=0,rate=0.02", "compete:rate=0.25,end=0.75"],
 )
 def test_answers_of_all_experts_are_counted(variant):
     """Of the whole run, where competition rests for a part: here a half of it, by the words of the recipe.
 
     Of a sequence whole tokens compete: 2 of 64 at a rate of 0.02.
     """
-    resting = "start" in variant
+    resting = "end" in variant  # after a quarter of the run, which is the default, and before the last
     chosen = recipe(f"smoe+{variant}", sequence_length=64, batch_tokens=128, tokens=128 * 8, vocab_size=512)
     aux, model = chosen.aux_losses(), MoestroForCausalLM(chosen.model.config(64))
     model.set_experts_implementation("eager")

@@ -27,7 +27,7 @@ def test_every_recipe_with_experts_takes_every_method(name, method):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_method_is_its_preset(preset):
     method = "compete" if preset == "ours" else f"compete-{preset}"
-    aux = recipe(f"cartesian+{method}").aux_losses()
+    aux = recipe(f"cartesian+{method}:start=0").aux_losses()
     wanted = PRESETS[preset](4)  # blocks: over their two sub-layers losses add up
     assert {name: getattr(aux, name) for name in wanted} == wanted
 
@@ -57,7 +57,8 @@ def test_no_field_is_called_as_another_one(name):
 def test_a_part_of_a_run_becomes_steps():
     aux = recipe("smoe+compete:start=0.1,end=0.8,tokens=204800,rate=0.5").aux_losses()
     assert aux.compete == Compete(start_step=10, end_step=80, rate=0.5)
-    assert recipe("smoe+compete").aux_losses().compete == Compete()
+    assert recipe("smoe+compete:start=0").aux_losses().compete == Compete()
+    assert recipe("smoe+compete:tokens=204800").aux_losses().compete == Compete(start_step=25)
 
 
 @pytest.mark.parametrize("fields", ["by=tokens,max_layers=none", "max_layers=none,by=tokens"])

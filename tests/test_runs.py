@@ -40,7 +40,7 @@ def uninterrupted(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -
 
 RECIPE = (
     "deepseek-v3+compete:balance_over=lagged,balance=0.05,orthogonality=1e-3,variance=1e-3,scaling=relative,"
-    "rate=0.1,micro_batch_tokens=64"
+    "start=0,rate=0.1,micro_batch_tokens=64"
 )
 """It has all the state that a resumed run must restore: lagged statistics, scales, selection biases, accumulation, who
 competes and what is known of responses."""
