@@ -61,7 +61,7 @@ class RoutingMeter:
         if self.training and not self.detailed:
             self._add(record, None)
         else:
-            self._look(record)
+            self._look(record)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _add(self, record: LayerRecord, sample: LayerRecord | None) -> None:
         name, sums = record.layer.name, routing_sums(record, self.num_domains, sample)

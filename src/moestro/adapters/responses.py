@@ -36,7 +36,7 @@ class ResponseMeter:
 
     def _take(self, layer: MoELayer) -> Callable[[LayerRecord], None]:
         self._response[layer.name], self._chosen[layer.name] = [], []
-        return self._look
+        return self._look  # pyright: ignore[reportAttributeAccessIssue]
 
     @torch.compiler.disable  # draws, and waits for the device
     @torch.no_grad()
