@@ -90,7 +90,7 @@ def cell(measure: Measure, runs: Sequence[Sequence[Numbers]], first: Sequence[Se
 def run_numbers(run: Run, competes: bool) -> list[Numbers]:
     """The numbers of every layer of a run, and in one more entry what is of the run as a whole."""
     shown = {*OF_ROUTING, *(OF_COMPETITION if competes else ())}
-    layers = [
+    layers: list[Numbers] = [
         {n: value for n, value in layer.figures.items() if n.removesuffix(CHANCE) in shown} for layer in run.layers
     ]
     return [*layers, {"competed": run.competed and run.competed.gain}] if competes else layers

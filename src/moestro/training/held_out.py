@@ -114,7 +114,9 @@ class HeldOutCurve:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{step}-{rank()}.npz"
-        np.savez(partial := path.with_suffix(".part.npz"), **{n: e.numpy().astype(np.int16) for n, e in chosen.items()})
+        partial = path.with_suffix(".part.npz")
+        choices = {layer: expert.numpy().astype(np.int16) for layer, expert in chosen.items()}
+        np.savez(partial, allow_pickle=False, **choices)  # pyright: ignore[reportArgumentType]
         partial.replace(path)
 
 
