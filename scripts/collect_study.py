@@ -35,11 +35,11 @@ def finished(folder: Path) -> Iterator[dict[str, Any]]:
         yield {**run, "environment": environment, "summary": summary}
 
 
-def row(run: dict[str, Any], domains: list[str]) -> str:
-    """One run as a line of the table."""
+def row(run: dict[str, Any], domains: list[str]) -> list[str]:
+    """One run's cells."""
     training, summary = run["recipe"]["training"], run["summary"]
     held_out, layers, competed = summary["held_out"], summary["layers"], summary["competed"]
-    cells = [
+    return [
         run["recipe"]["name"],
         f"{training['learning_rate']:g}",
         f"{training['tokens']:,}",
@@ -49,7 +49,6 @@ def row(run: dict[str, Any], domains: list[str]) -> str:
         *(cell(measured(layers, *names), decimals) for _, names, decimals in MEASURES),
         cell(competed and competed["competition"] - competed["router"], 3),
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def measured(layers: list[dict[str, Any]], name: str, chance: str | None = None) -> float | None:
@@ -77,12 +76,14 @@ def main() -> None:
         *(title for title, _, _ in MEASURES),
         "competing at test",
     ]
-    print(f"| {' | '.join(names)} |", "|---|" + "--:|" * (len(names) - 1), sep="\n")
-    for run in runs:
-        print(row(run, domains))
+    columns = [column for column in zip(names, *(row(run, domains) for run in runs), strict=True) if any(column[1:])]
+    head, *lines = zip(*columns, strict=True)
+    print(f"| {' | '.join(head)} |", "|---|" + "--:|" * (len(head) - 1), sep="\n")
+    for cells in lines:
+        print(f"| {' | '.join(cells)} |")
     target.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(run, sort_keys=True) + "\n" for run in runs)
-    (target / "runs.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    records = "".join(json.dumps(run, sort_keys=True) + "\n" for run in runs)
+    (target / "runs.jsonl.gz").write_bytes(gzip.compress(records.encode(), mtime=0))
 
 
 if __name__ == "__main__":
