@@ -29,7 +29,7 @@ def test_the_file_is_plain_json():
     content = json.loads(dumps(make_comparison()), parse_constant=refuse)
     assert content["recipes"][0]["difference"] is None
     assert content["recipes"][2]["difference"]["verdict"] == "better"
-    assert content["recipes"][1]["runs"][0]["layers"][0]["dead_experts"] == 1
+    assert content["recipes"][1]["runs"][0]["layers"][0]["figures"]["dead_experts"] == 1
 
 
 def test_a_number_that_is_not_finite_is_refused_by_name():
