@@ -126,11 +126,11 @@ def test_a_router_is_retrained_by_competition(frozen: tuple, by: str):
     tiny = tiny_models.build("qwen3_moe", padded=True)
     model = tiny.model.train()
     freeze(model, *frozen)
-    aux = AuxLosses(distillation=1.0, compete=Compete(by=by, rate=0.8, forward=False))
+    aux = AuxLosses(distillation=1.0, compete=Compete(by=by, rate=0.2, forward=False))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     agreement = []
     with aux.attach(model, add_to_loss=False):
-        for _ in range(25):
+        for _ in range(50):
             records = observed(model, tiny.inputs)
             aux.total().backward()
             optimizer.step()
