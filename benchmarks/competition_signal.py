@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from moestro import RouterRule
 from moestro.competition import PRESETS, preferences, scaled, strongest
-from moestro.competition.scaling import response_sums, statistics_of
+from moestro.competition.scaling import sample_statistics
 from moestro.losses import balance_against, distillation, load_share
 from moestro.routers import route
 from moestro.routing import Batch, Competition, LayerRecord, MoELayer
@@ -53,9 +53,8 @@ def row(preset: str, hidden: Tensor, outputs: Tensor, sizes: Sizes) -> list[floa
     every = torch.arange(len(hidden))
     filled = torch.ones_like(every, dtype=torch.bool)
     response = rule.respond(outputs)
-    strength = scaled(
-        response, rule.response_scale, statistics_of(response_sums(response, filled, rule.response_scale))
-    )
+    found = sample_statistics(response, rule.response_scale, sizes.top_k, even=rule.balance_winners > 0)
+    strength = scaled(response, rule.response_scale, found)
     winner = strongest(strength, sizes.top_k)
     target = preferences(strength, winner, rule.target, rule.temperature)
     logits = (hidden @ torch.randn(sizes.hidden, experts) * sizes.initial_std).requires_grad_()

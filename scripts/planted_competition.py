@@ -76,16 +76,44 @@ COMPETITION = [
     Bug(
         "competition: the choice begins anew on resume",
         "adapters/compete.py",
-        "            self.statistics = statistics_of(self.seen)\n        self.begin(step)\n\n\ndef",
-        "            self.statistics = statistics_of(self.seen)\n        self.begin(0)\n\n\ndef",
+        "            self.statistics = statistics_of(self.seen, self.offset)\n        self.begin(step)\n\n\ndef",
+        "            self.statistics = statistics_of(self.seen, self.offset)\n        self.begin(0)\n\n\ndef",
         "test_compete_families::test_a_resumed_run_goes_on_as_it_was",
     ),
     Bug(
         "competition: responses forgotten on resume",
         "adapters/layer_losses.py",
-        'kept["responses"] = self.competitor.seen',
+        "kept |= self.competitor.state()",
         "pass",
         "test_compete_families::test_a_resumed_run_goes_on_as_it_was",
+    ),
+    Bug(
+        "competition: offsets begin anew on resume",
+        "adapters/compete.py",
+        "self.statistics = statistics_of(self.seen, self.offset)\n        self.begin(step)\n\n\ndef",
+        "self.statistics = statistics_of(self.seen)\n        self.begin(step)\n\n\ndef",
+        "test_compete",
+    ),
+    Bug(
+        "competition: experts that win often win more",
+        "competition/scaling.py",
+        "return offset - rate *",
+        "return offset + rate *",
+        "test_compete",
+    ),
+    Bug(
+        "competition: wins of this step alone move the offsets",
+        "adapters/compete.py",
+        "toward_even(offset, self.seen[-1],",
+        "toward_even(offset, sums[-1],",
+        "test_compete::test_experts_win_equally_often_after_a_while",
+    ),
+    Bug(
+        "competition: padding wins",
+        "competition/scaling.py",
+        "once = filled.double()",
+        "once = torch.ones_like(filled).double()",
+        "test_compete",
     ),
     Bug(
         "competition: tokens chosen by place, not by content",
@@ -132,8 +160,8 @@ COMPETITION = [
     Bug(
         "competition: less the mean of the token's experts, not of the expert's tokens",
         "competition/scaling.py",
-        "return (response - mean) /",
-        "return (response - response.mean(-1, keepdim=True)) /",
+        "standard = (response - mean) /",
+        "standard = (response - response.mean(-1, keepdim=True)) /",
         "test_compete",
     ),
     Bug(

@@ -29,7 +29,7 @@ def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     response = torch.rand(tokens, experts, generator=generator) + torch.arange(experts) * 0.2 + 0.1
     chosen = torch.stack([torch.randperm(experts, generator=generator)[:k] for _ in range(tokens)])
-    figures = agreement_figures(response, chosen, Compete(response_scale=scale, temperature=0.7))
+    figures = agreement_figures(response, chosen, Compete(response_scale=scale, balance_winners=0.0, temperature=0.7))
 
     def in_deviations(t: int, of: list[list[float]], e: int) -> float:
         number = [row[e] for row in of]
@@ -70,7 +70,7 @@ def test_figures_are_what_plain_loops_count(tokens, experts, k, seed, scale):
 
 def test_a_router_that_knows_and_one_that_sees_nothing():
     response = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
-    rule = Compete(response_scale="none")
+    rule = Compete(response_scale="none", balance_winners=0.0)
     knows = agreement_figures(response, response.topk(2).indices, rule)
     assert knows.agreement == 1
     assert knows.regret == pytest.approx(0, abs=1e-6)
@@ -101,7 +101,8 @@ def test_a_texts_statistics_bring_its_responses_on_one_scale():
     """In the first layer, whose tokens are the same, the strongest by the text's own statistics win every one."""
     tiny = tiny_models.build("mixtral")
     tiny.model.eval()
-    meter, rule, records = ResponseMeter(), Compete(), []
+    rule, records = Compete(balance_winners=0.0), []
+    meter = ResponseMeter(rule)
     with meter.attach(tiny.model), torch.no_grad():
         tiny.model(**tiny.inputs)
     competing = reroute(tiny.model, by_competition(rule, meter.statistics()))

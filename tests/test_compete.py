@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from competing import OneLayer, batch, observed, run
-from moestro import AuxLosses, Compete, Misuse, reference
+from moestro import AuxLosses, Compete, Misuse, observe, reference
 from moestro.competition import PRESETS, scaled
-from moestro.competition.scaling import Scale, response_sums, statistics_of
+from moestro.competition.scaling import Scale, response_sums, sample_statistics, statistics_of
 from moestro.losses import distillation
 
 RULES = st.sampled_from(
@@ -20,13 +20,14 @@ RULES = st.sampled_from(
 
 
 def known(aux: AuxLosses, num_experts: int, name: str = "layer") -> dict[str, list[float]]:
-    """Give the layer statistics of responses, as if it had seen some: returns mean and deviation."""
+    """Give the layer statistics of responses, as if it had seen some: returns mean, deviation and offset."""
     generator = torch.Generator().manual_seed(7)
     mean = 1 + torch.rand(num_experts, generator=generator, dtype=torch.float64)
     std = 0.3 + torch.rand(num_experts, generator=generator, dtype=torch.float64)
-    sums = torch.stack([torch.ones_like(mean), mean, mean.square() + std.square()])
-    aux.load_state_dict({"steps": 3, "layers": {name: {"responses": sums.tolist()}}})
-    return {"mean": mean.tolist(), "std": std.tolist()}
+    offset = torch.randn(num_experts, generator=generator, dtype=torch.float64)
+    sums = torch.stack([torch.ones_like(mean), mean, mean.square() + std.square(), torch.ones_like(mean)])
+    aux.load_state_dict({"steps": 3, "layers": {name: {"responses": sums.tolist(), "offset": offset.tolist()}}})
+    return {"mean": mean.tolist(), "std": std.tolist(), "offset": offset.tolist()}
 
 
 def expected(
@@ -117,6 +118,7 @@ def test_what_lies_between_the_presets(
     compete = Compete(
         response=response,
         response_scale=scale,
+        balance_winners=0.05 if scale in ("standard", "log") else 0.0,
         temperature=0.7,
         target=target,
         weights=weights,
@@ -132,7 +134,7 @@ def test_what_lies_between_the_presets(
 
 def one_competing(**options: Any) -> tuple[OneLayer, AuxLosses]:
     """A layer in which every token competes, and nothing else is learned."""
-    compete = Compete(**({"response_scale": "none", "rate": 1.0, "tie_break": 0.0} | options))
+    compete = Compete(**({"response_scale": "none", "balance_winners": 0.0, "rate": 1.0, "tie_break": 0.0} | options))
     return OneLayer().train(), AuxLosses(compete=compete)
 
 
@@ -283,6 +285,40 @@ def test_losses_without_competition_are_refused():
         AuxLosses(distillation=0.1)
     with pytest.raises(Misuse, match="set forward"):
         AuxLosses(diversity=0.1, compete=Compete(forward=False))
+
+
+def test_experts_win_equally_often_after_a_while():
+    """Each step moves the offsets by what was won by all tokens that competed, in this step and, ever less, before."""
+    model, inputs, apart = OneLayer(8, 2).train(), batch(8, 32, padded=True), {}
+    for rate in (0.0, 0.05):
+        aux, records = AuxLosses(compete=Compete(rate=1.0, balance_winners=rate)), []
+        seen, offset = torch.zeros(8, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
+        with aux.attach(model), observe(model, records.append):
+            for _ in range(120):
+                model(**inputs)
+                aux.step()
+                contest, seen = records.pop().competition, 0.9 * seen
+                if contest.winner is not None:  # the first step only looks
+                    wins = torch.bincount(contest.winner[contest.filled].flatten(), minlength=8).double()
+                    seen = seen + wins
+                    offset = offset - rate * (seen / seen.mean() - 1)
+                assert aux.state_dict()["layers"]["layer"]["offset"] == pytest.approx(offset.tolist(), abs=1e-6)
+        apart[rate] = (wins.max() / wins.mean() - 1).item()
+    assert apart[0.0] > 0.2
+    assert apart[0.05] < 0.16  # a token or two of 73
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_offsets_of_a_sample_let_all_experts_win_it_equally_often(k):
+    normal, tails = torch.randn(4000, 8, generator=torch.Generator().manual_seed(0)), torch.linspace(0.3, 3, 8)
+    response = (normal.sign() * normal.abs() ** tails).exp()
+    apart = []
+    for even in (False, True):
+        found = sample_statistics(response, "log", k, even=even)
+        wins = torch.bincount(scaled(response, "log", found).topk(k).indices.flatten(), minlength=8)
+        apart.append((wins.max() / wins.float().mean() - 1).item())
+    assert apart[1] < 0.02
+    assert apart[0] > 0.1 or k == 8
 
 
 def test_what_nobody_responded_to_is_not_scaled():

@@ -151,7 +151,7 @@ def agreed(record: LayerRecord) -> float:
 def test_competition_on_request_is_what_a_competing_step_does():
     """In evaluation every token goes to its winners, with the weights that training would give them."""
     tiny = tiny_models.build("mixtral")
-    rule = Compete(rate=1.0, response_scale="none", tie_break=0.0)
+    rule = Compete(rate=1.0, response_scale="none", balance_winners=0.0, tie_break=0.0)
     aux = AuxLosses(compete=rule)
     with aux.attach(tiny.model.train()):
         trained = observed(tiny.model, tiny.inputs)

@@ -91,7 +91,7 @@ def test_a_part_of_the_rows(rows: PackedRows):
 
 def test_the_loss_if_all_experts_competed_stands_beside_the_routers(rows: PackedRows):
     """A rule of responses as they are needs no statistics, so the same can be had by hand."""
-    model, rule = tiny_model(), Compete(response_scale="none", temperature=0.5)
+    model, rule = tiny_model(), Compete(response_scale="none", balance_winners=0.0, temperature=0.5)
     found = evaluate(model, rows, ["a", "b"], compete=rule)
     assert found.competed.tokens == found.tokens.sum()
     assert found.competed.router == pytest.approx(found.loss)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moestro.competition import Compete, preferences, scaled, strongest
-from moestro.competition.scaling import response_sums, statistics_of
+from moestro.competition.scaling import sample_statistics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +47,7 @@ def agreement_figures(
     """
     tokens, num_experts = response.shape
     k = chosen.shape[1]
-    everyone = torch.ones(tokens, dtype=torch.bool, device=response.device)
-    statistics = statistics_of(response_sums(response, everyone, rule.response_scale))
+    statistics = sample_statistics(response, rule.response_scale, k, even=rule.balance_winners > 0)
     strength = scaled(response, rule.response_scale, statistics)
     winner = strongest(strength, k)
     target = preferences(strength, winner, rule.target, rule.temperature)

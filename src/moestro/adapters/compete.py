@@ -4,6 +4,7 @@ Answers are computed without graph: experts that lose cost their forward pass an
 everybody else's tokens, in the one pass over the experts that there is anyway.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,7 @@ from moestro.competition import (
     to_winners,
     used_slots,
 )
-from moestro.competition.scaling import DECAY, response_sums, scaled, statistics_of
+from moestro.competition.scaling import DECAY, response_sums, scaled, statistics_of, toward_even
 from moestro.errors import Misuse
 from moestro.randomness import content, hashed, number_of
 from moestro.routing import Batch, Competition, MoELayer, Routing
@@ -45,6 +46,8 @@ class Competitor:
         """Of the responses since the last optimiser step."""
         self.seen: Tensor | None = None
         """Of earlier steps, ever less of them."""
+        self.offset: Tensor | None = None
+        """Of each expert's strength, as its wins have moved it."""
         self.statistics: ResponseStatistics | None = None
         self.begin(0)
 
@@ -61,14 +64,17 @@ class Competitor:
         if self.sums is not None:
             sums, self.sums = over_ranks(self.sums), None
             self.seen = sums if self.seen is None else DECAY * self.seen + sums
-            self.statistics = statistics_of(self.seen)
+            offset = torch.zeros_like(sums[0]) if self.offset is None else self.offset
+            self.offset = toward_even(offset, self.seen[-1], self.rule.balance_winners)
+            self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
 
     def count(self, competition: Competition) -> None:
         """Add a record's responses to the statistics of the step, where they need any."""
         if self.rule.response_scale == "none":
             return
-        sums = response_sums(competition.response, competition.filled, self.rule.response_scale)
+        scale = self.rule.response_scale
+        sums = response_sums(competition.response, competition.filled, scale, competition.winner)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def decide(
@@ -146,11 +152,17 @@ class Competitor:
             )
         return Rerouted(routing, contest, self.wants_outputs, weigh if rule.through_weights else None)
 
-    def resume(self, seen: list[list[float]] | None, step: int, device: torch.device) -> None:
-        """Go on in step `step` with what was `seen` when the run was saved."""
-        if seen is not None:
-            self.seen = torch.tensor(seen, dtype=torch.float64, device=device)
-            self.statistics = statistics_of(self.seen)
+    def state(self) -> dict[str, Tensor | None]:
+        """What a resumed run needs, beside the step."""
+        return {"responses": self.seen, "offset": self.offset}
+
+    def resume(self, state: Mapping[str, list], step: int, device: torch.device) -> None:
+        """Go on in step `step` with the state that was saved."""
+        if "responses" in state:
+            self.seen, self.offset = (
+                torch.tensor(state[name], dtype=torch.float64, device=device) for name in ("responses", "offset")
+            )
+            self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
 
 

@@ -175,14 +175,14 @@ class LayerLosses:
         """What a resumed run needs, as plain numbers (floats survive JSON exactly)."""
         kept = {"load": self.lagged_load, "mean": self.lagged_mean, "scales": self.scales}
         if self.competitor is not None:
-            kept["responses"] = self.competitor.seen
+            kept |= self.competitor.state()
         return {name: value.tolist() for name, value in kept.items() if value is not None}
 
     def load_state(self, state: dict[str, list]) -> None:
         """Restore `state`."""
         device = next(self.layer.router.parameters()).device
         if self.competitor is not None:
-            self.competitor.resume(state.get("responses"), self.aux.steps, device)
+            self.competitor.resume(state, self.aux.steps, device)
         self.lagged_load, self.lagged_mean, self.scales = (
             torch.tensor(state[name], device=device) if name in state else None for name in ("load", "mean", "scales")
         )

@@ -12,7 +12,7 @@ from moestro.adapters.tap import TAP, Tap
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.agreement import AgreementFigures, agreement_figures
 from moestro.competition import Compete, ResponseStatistics, responses
-from moestro.competition.scaling import response_sums, statistics_of
+from moestro.competition.scaling import sample_statistics
 from moestro.routing import LayerRecord, MoELayer
 from moestro.samples import sample_places
 
@@ -57,9 +57,9 @@ class ResponseMeter:
         found = {}
         for name, parts in self._response.items():
             if parts:
-                response = torch.cat(parts)
-                everyone = torch.ones(len(response), dtype=torch.bool)
-                found[name] = statistics_of(response_sums(response, everyone, self.rule.response_scale))
+                k = self._chosen[name][0].shape[1]
+                even = self.rule.balance_winners > 0
+                found[name] = sample_statistics(torch.cat(parts), self.rule.response_scale, k, even=even)
         return found
 
     @property

@@ -54,6 +54,7 @@ def ours(num_blocks: int) -> dict[str, Any]:
 AS_PUBLISHED: Mapping[str, Any] = MappingProxyType(
     {
         "response_scale": "none",
+        "balance_winners": 0.0,
         "through_weights": True,
         "balance_competing": False,
         "by": "steps",

@@ -41,12 +41,14 @@ def respond(output: Float[Tensor, " dim"], kind: str) -> Tensor:
     return torch.stack([of_one[kind](v) for v in output]).sum() / d
 
 
-def on_scale(response: Tensor, expert: int, scale: str, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """A response as it is, over its expert's mean, or it (or its logarithm) in standard deviations from the mean."""
+def on_scale(
+    response: Tensor, expert: int, scale: str, mean: Sequence[float], std: Sequence[float], offset: Sequence[float]
+) -> Tensor:
+    """A response as it is, over its expert's mean, or it (or its logarithm) in standard deviations from an offset."""
     if scale == "none":
         return response
     response = torch.log(response) if scale == "log" else response
-    return response / mean[expert] if scale == "mean" else (response - mean[expert]) / std[expert]
+    return response / mean[expert] if scale == "mean" else (response - mean[expert]) / std[expert] + offset[expert]
 
 
 def softmax(values: Sequence[Tensor]) -> list[Tensor]:
@@ -67,6 +69,7 @@ def competing_layer(
     response_scale: str = "none",
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    offset: Sequence[float] = (),
     temperature: float = 1.0,
     target: str = "experts",
     weights: str = "softmax",
@@ -82,7 +85,7 @@ def competing_layer(
         chosen, shares, contest = choice.experts, choice.weights, None
         if compete:
             raw = [respond(answer, response) for answer in answers]
-            scaled = [on_scale(r, e, response_scale, mean, std) for e, r in enumerate(raw)]
+            scaled = [on_scale(r, e, response_scale, mean, std, offset) for e, r in enumerate(raw)]
             winners = sorted(range(len(experts)), key=lambda e, s=scaled: -s[e].item())[: len(choice.experts)]
             preferred = winners if target == "winners" else list(range(len(experts)))
             q = dict(zip(preferred, softmax([scaled[e].detach() / temperature for e in preferred]), strict=True))
