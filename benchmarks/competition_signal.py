@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro import RouterRule
-from moestro.competition import PRESETS, preferences, scaled, strongest
-from moestro.competition.scaling import sample_statistics
+from moestro.competition import PRESETS, preferences, sample_statistics, scaled, strongest
 from moestro.losses import balance_against, distillation, load_share
 from moestro.routers import route
 from moestro.routing import Batch, Competition, LayerRecord, MoELayer
@@ -53,7 +52,7 @@ def row(preset: str, hidden: Tensor, outputs: Tensor, sizes: Sizes) -> list[floa
     every = torch.arange(len(hidden))
     filled = torch.ones_like(every, dtype=torch.bool)
     response = rule.respond(outputs)
-    found = sample_statistics(response, rule.response_scale, sizes.top_k, even=rule.balance_winners > 0)
+    found = sample_statistics(response, rule, sizes.top_k)
     strength = scaled(response, rule.response_scale, found)
     winner = strongest(strength, sizes.top_k)
     target = preferences(strength, winner, rule.target, rule.temperature)

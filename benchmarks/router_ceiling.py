@@ -2,7 +2,8 @@
 
 All experts answer the text. On its first part a linear router, as models have, and one with a hidden layer are fitted
 to the competition's target alone; on the rest it is counted how many of the winners they choose, beside the
-checkpoint's own router. What a linear one misses then is not for want of teaching.
+checkpoint's own router. What a linear one misses then is not for want of teaching. Competition is by `Compete()`,
+whatever the checkpoint was trained with.
 
     python benchmarks/router_ceiling.py runs/.../model --data law=held_out/law.jsonl ...
 """
@@ -20,8 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moestro
 from moestro.agreement import agreement_figures
-from moestro.competition import Compete, preferences, responses, scaled, strongest
-from moestro.competition.scaling import sample_statistics
+from moestro.competition import Compete, preferences, responses, sample_statistics, scaled, strongest
 from moestro.inspection.texts import packed, read_text
 
 
@@ -76,7 +76,7 @@ def row(hidden: Tensor, response: Tensor, chosen: Tensor, rule: Compete, setting
     """Agreement of the checkpoint's router, of a linear one and of another; what a fixed choice has."""
     k, experts, dim = chosen.shape[1], response.shape[1], hidden.shape[1]
     learnt, rest = slice(None, settings.tokens), slice(settings.tokens, None)
-    statistics = sample_statistics(response[learnt], rule.response_scale, k, even=rule.balance_winners > 0)
+    statistics = sample_statistics(response[learnt], rule, k)
     strength = scaled(response[learnt], rule.response_scale, statistics)
     target = preferences(strength, strongest(strength, k), rule.target, rule.temperature)
     linear = nn.Linear(dim, experts, bias=False)
@@ -96,7 +96,9 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint)
     with packed(read_text(settings.data), tokenizer, settings.sequence, settings.sequence) as text:
         number = (settings.tokens + settings.measured) // settings.sequence
-        rows = torch.stack([torch.as_tensor(text[index]["input_ids"]) for index in range(min(number, len(text)))])
+        if number > len(text):
+            raise SystemExit(f"the text must have {number} rows of {settings.sequence} tokens, got {len(text)}")
+        rows = torch.stack([torch.as_tensor(text[index]["input_ids"]) for index in range(number)])
     print(f"{machine('cpu')}; {settings}\n\n| layer | router | linear, fitted | hidden layer, fitted | fixed |")
     print("|---|--:|--:|--:|--:|")
     found = {name: row(*seen, rule, settings) for name, seen in answered(model, rows, rule).items()}

@@ -1,7 +1,7 @@
 """Compares recipes of a collected study, seed by seed, with the first of those named; and what their routers learnt.
 
     python scripts/paired_study.py docs/results/compete/runs.jsonl.gz --seeds 1 2 3 --learning-rate 0.002 \\
-        --recipes smoe smoe+compete smoe+compete@392790
+        --recipes smoe smoe+compete:balance_winners=0.05 smoe+compete:balance_winners=0.05@392790
 
 `recipe@tokens` names runs of another budget than `--tokens`. Verdicts are those of `moestro compare`: a paired t test
 per recipe, by Holm over those named.
@@ -37,7 +37,7 @@ def of_layers(name: str, chance: str | None = None) -> Callable[[Run], float | N
     """The mean over layers of one of their figures, above chance where that is named."""
 
     def measure(run: Run) -> float | None:
-        figures = [layer["figures"] for layer in run["summary"]["layers"]]
+        figures = [figures_of(layer) for layer in run["summary"]["layers"]]
         known = [f[name] - (f[chance] if chance else 0.0) for f in figures if f.get(name) is not None]
         return statistics.fmean(known) if known else None
 
@@ -46,14 +46,21 @@ def of_layers(name: str, chance: str | None = None) -> Callable[[Run], float | N
 
 def above_fixed(run: Run) -> float | None:
     """How far agreement is above the best fixed choice's, as a share of what is left above that; mean over layers."""
-    figures = [layer["figures"] for layer in run["summary"]["layers"]]
-    return statistics.fmean((f["agreement"] - f["agreement_shuffled"]) / (1 - f["agreement_shuffled"]) for f in figures)
+    pairs = [(f.get("agreement"), f.get("agreement_shuffled")) for f in map(figures_of, run["summary"]["layers"])]
+    known = [(found - fixed) / (1 - fixed) for found, fixed in pairs if found is not None and fixed != 1]
+    return statistics.fmean(known) if known else None
+
+
+def figures_of(layer: dict[str, Any]) -> dict[str, float | None]:
+    """A layer's numbers."""
+    return layer["figures"]
 
 
 def gain(run: Run) -> float | None:
     """What competing at test adds to the loss."""
-    competed = run["summary"]["competed"]
-    return competed and competed["competition"] - competed["router"]
+    competed = run["summary"]["competed"] or {}
+    at_test, router = competed.get("competition"), competed.get("router")
+    return None if at_test is None or router is None else at_test - router
 
 
 MEASURES: tuple[tuple[str, Callable[[Run], float | None], str], ...] = (
@@ -85,6 +92,8 @@ def chosen(runs: Sequence[Run], recipe: str, study: Study) -> list[Run]:
         training = run["recipe"]["training"]
         key = (run["recipe"]["name"], training["tokens"], training["learning_rate"])
         if key == (name, budget, study.learning_rate):
+            if run["seed"] in found:
+                raise SystemExit(f"two runs of {recipe} with seed {run['seed']}: which?")
             found[run["seed"]] = run
     if missing := [seed for seed in study.seeds if seed not in found]:
         raise SystemExit(f"no run of {recipe} with seed {', '.join(map(str, missing))}")
@@ -93,17 +102,18 @@ def chosen(runs: Sequence[Run], recipe: str, study: Study) -> list[Run]:
 
 def paired_row(name: str, losses: Sequence[float], difference: Difference | None) -> list[str]:
     """One recipe's cells in the table of losses."""
-    own = [f"`{name}`", f"{statistics.fmean(losses):.3f} ± {statistics.stdev(losses):.3f}"]
+    spread = f" ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else ""
+    own = [f"`{name}`", f"{statistics.fmean(losses):.3f}{spread}"]
     if difference is None:
         return [*own, "", "", "", "", ""]
-    assert difference.interval is not None
+    low, high = difference.interval or (None, None)
     return [
         *own,
         ", ".join(f"{value:+.3f}" for value in difference.by_seed),
         f"{difference.mean:+.3f}",
-        f"[{difference.interval[0]:+.3f}, {difference.interval[1]:+.3f}]",
+        "" if low is None else f"[{low:+.3f}, {high:+.3f}]",
         difference.verdict,
-        f"{difference.minimum_detectable:.3f}",
+        "" if difference.minimum_detectable is None else f"{difference.minimum_detectable:.3f}",
     ]
 
 

@@ -97,16 +97,23 @@ COMPETITION = [
     Bug(
         "competition: experts that win often win more",
         "competition/scaling.py",
-        "return offset - rate *",
-        "return offset + rate *",
+        "return offset - (rate",
+        "return offset + (rate",
         "test_compete",
     ),
     Bug(
         "competition: wins of this step alone move the offsets",
         "adapters/compete.py",
-        "toward_even(offset, self.seen[-1],",
-        "toward_even(offset, sums[-1],",
+        "next_offset(offset, wins,",
+        "next_offset(offset, sums[3],",
         "test_compete::test_experts_win_equally_often_after_a_while",
+    ),
+    Bug(
+        "competition: chance between copies of one expert blown up",
+        "competition/scaling.py",
+        "(rate * within * above)",
+        "(rate * above)",
+        "test_compete::test_copies_of_one_expert_win_alike_by_chance_by_default_too",
     ),
     Bug(
         "competition: padding wins",
@@ -160,8 +167,8 @@ COMPETITION = [
     Bug(
         "competition: less the mean of the token's experts, not of the expert's tokens",
         "competition/scaling.py",
-        "standard = (response - mean) /",
-        "standard = (response - response.mean(-1, keepdim=True)) /",
+        "return (units(response, scale) - mean) /",
+        "return (units(response, scale) - units(response, scale).mean(-1, keepdim=True)) /",
         "test_compete",
     ),
     Bug(

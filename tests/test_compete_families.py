@@ -19,12 +19,13 @@ OTHERS = [name for name in tiny_models.packages() if name not in (*NAMED, *tiny_
 COMPETE: dict[str, Any] = {"distillation": 0.1, "compete": Compete(rate=0.5)}
 
 
-def two_steps(model: nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> tuple[list[LayerRecord], dict]:
-    """The records of the second step, whose responses have a scale, and its gradients."""
+def third_step(model: nn.Module, inputs: dict[str, torch.Tensor], **options: Any) -> tuple[list[LayerRecord], dict]:
+    """The records of the third step, whose responses have a scale and an offset, and its gradients."""
     aux, records = AuxLosses(**(COMPETE | options)), []
     with aux.attach(model):
-        model(**inputs).loss.backward()
-        aux.step()
+        for _ in range(2):
+            model(**inputs).loss.backward()
+            aux.step()
         with observe(model, records.append):
             found = gradients(model, lambda: model(**inputs).loss.backward())
     return records, found
@@ -54,9 +55,9 @@ def test_every_family_competes(package: str):
     tiny.model.train()
     if package == "diffusion_gemma":  # its decoder's tokens are not its input_ids
         with pytest.raises(Misuse, match="competing tokens are chosen, and ties broken, by their content"):
-            two_steps(tiny.model, tiny.inputs)
+            third_step(tiny.model, tiny.inputs)
         return
-    records, found = two_steps(tiny.model, tiny.inputs)
+    records, found = third_step(tiny.model, tiny.inputs)
     assert_competed(records)
     assert all(bool(g.isfinite().all()) for g in found.values())
 
@@ -65,9 +66,9 @@ def test_every_family_competes(package: str):
 @pytest.mark.parametrize("options", [{}, {"diversity": 0.1}], ids=["plain", "diverse"])
 def test_recomputation_competes_alike(package: str, options: dict):
     tiny = tiny_models.build(package, padded=True)
-    _, plain = two_steps(tiny.model, tiny.inputs, **options)
+    _, plain = third_step(tiny.model, tiny.inputs, **options)
     tiny.model.gradient_checkpointing_enable()
-    _, again = two_steps(tiny.model, tiny.inputs, **options)
+    _, again = third_step(tiny.model, tiny.inputs, **options)
     assert_equal(again, plain, 0.0)
 
 
@@ -76,20 +77,23 @@ def test_a_recomputation_is_not_counted_again():
     tiny.model.gradient_checkpointing_enable()
     aux = AuxLosses(**COMPETE)
     with aux.attach(tiny.model.train()):
-        tiny.model(**tiny.inputs).loss.backward()
-        aux.step()
+        for _ in range(2):
+            tiny.model(**tiny.inputs).loss.backward()
+            aux.step()
     competing = sum(-(-int(row.sum()) // 2) for row in tiny.inputs["attention_mask"])
     for layer in aux.state_dict()["layers"].values():
-        assert set(layer["responses"][0]) == {float(competing)}
+        number, _, _, wins, _ = layer["responses"]
+        assert set(number) == {0.9 * competing + competing}
+        assert sum(wins) == competing * tiny.model.config.num_experts_per_tok
 
 
 def test_under_lora_the_adapted_experts_compete_and_the_router_learns():
     tiny = tiny_models.build("mixtral", padded=True)
     adapted = lora(copy.deepcopy(tiny.model))
-    records, found = two_steps(adapted, tiny.inputs)
+    records, found = third_step(adapted, tiny.inputs)
     assert_competed(records)
     assert any(g.any() for name, g in found.items() if "gate.lora" in name)
-    bare, _ = two_steps(tiny.model, tiny.inputs)
+    bare, _ = third_step(tiny.model, tiny.inputs)
     assert not torch.allclose(records[0].competition.response, bare[0].competition.response)
 
 

@@ -6,8 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.competition import Compete, preferences, scaled, strongest
-from moestro.competition.scaling import sample_statistics
+from moestro.competition import Compete, preferences, sample_statistics, scaled, strongest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,8 @@ class AgreementFigures:
     response: float
     """Mean over tokens and experts; with l2 it is the length of outputs, which shows whether they grow."""
     winners_max_vio: float
-    """Wins of the expert that wins most over the mean, minus 1: how far competition collapses."""
+    """Wins of the expert that wins most over the mean, minus 1, were winners not balanced: how far competition would
+    collapse."""
 
     @property
     def corrected_agreement(self) -> float | None:
@@ -47,13 +47,14 @@ def agreement_figures(
     """
     tokens, num_experts = response.shape
     k = chosen.shape[1]
-    statistics = sample_statistics(response, rule.response_scale, k, even=rule.balance_winners > 0)
+    statistics = sample_statistics(response, rule, k)
     strength = scaled(response, rule.response_scale, statistics)
     winner = strongest(strength, k)
     target = preferences(strength, winner, rule.target, rule.temperature)
     over_mean = response / response.mean(0).abs().clamp_min(1e-12)
     won, lost = over_mean.gather(-1, winner).sum(), over_mean.gather(-1, chosen).sum()
     wins = torch.bincount(winner.flatten(), minlength=num_experts).double()
+    unbalanced = torch.bincount(strongest(strength - statistics.offset, k).flatten(), minlength=num_experts).double()
     static = wins.topk(k).values.sum() / (tokens * k)
     entropy = torch.special.entr(target.double()).sum(-1).mean() / max(1e-12, torch.tensor(num_experts).log().item())
     return AgreementFigures(
@@ -64,5 +65,5 @@ def agreement_figures(
         target_entropy=float(entropy),
         spread=float(over_mean.std(-1, correction=0).mean()),
         response=float(response.mean()),
-        winners_max_vio=float(wins.max() / wins.mean() - 1),
+        winners_max_vio=float(unbalanced.max() / unbalanced.mean() - 1),
     )

@@ -26,7 +26,7 @@ from moestro.competition import (
     to_winners,
     used_slots,
 )
-from moestro.competition.scaling import DECAY, response_sums, scaled, statistics_of, toward_even
+from moestro.competition.scaling import DECAY, next_offset, response_sums, scaled, statistics_of
 from moestro.errors import Misuse
 from moestro.randomness import content, hashed, number_of
 from moestro.routing import Batch, Competition, MoELayer, Routing
@@ -64,8 +64,10 @@ class Competitor:
         if self.sums is not None:
             sums, self.sums = over_ranks(self.sums), None
             self.seen = sums if self.seen is None else DECAY * self.seen + sums
-            offset = torch.zeros_like(sums[0]) if self.offset is None else self.offset
-            self.offset = toward_even(offset, self.seen[-1], self.rule.balance_winners)
+            *_, wins, within = self.seen
+            offset = torch.zeros_like(wins) if self.offset is None else self.offset
+            tokens = (wins.sum() / self.layer.top_k).clamp_min(1)
+            self.offset = next_offset(offset, wins, within / tokens, self.rule.balance_winners)
             self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
 
@@ -74,7 +76,7 @@ class Competitor:
         if self.rule.response_scale == "none":
             return
         scale = self.rule.response_scale
-        sums = response_sums(competition.response, competition.filled, scale, competition.winner)
+        sums = response_sums(competition.response, competition.filled, scale, self.statistics, competition.winner)
         self.sums = sums if self.sums is None else self.sums + sums
 
     def decide(

@@ -11,8 +11,7 @@ from moestro.adapters.meter import SAMPLE
 from moestro.adapters.tap import TAP, Tap
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.agreement import AgreementFigures, agreement_figures
-from moestro.competition import Compete, ResponseStatistics, responses
-from moestro.competition.scaling import sample_statistics
+from moestro.competition import Compete, ResponseStatistics, responses, sample_statistics
 from moestro.routing import LayerRecord, MoELayer
 from moestro.samples import sample_places
 
@@ -58,8 +57,7 @@ class ResponseMeter:
         for name, parts in self._response.items():
             if parts:
                 k = self._chosen[name][0].shape[1]
-                even = self.rule.balance_winners > 0
-                found[name] = sample_statistics(torch.cat(parts), self.rule.response_scale, k, even=even)
+                found[name] = sample_statistics(torch.cat(parts), self.rule, k)
         return found
 
     @property

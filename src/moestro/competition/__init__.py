@@ -7,6 +7,7 @@ Paper: Nguyen et al. 2025, arXiv:2505.13380 (CompeteSMoE), and its first version
 """
 
 from moestro.competition.inference import by_competition as by_competition
+from moestro.competition.inference import sample_statistics as sample_statistics
 from moestro.competition.presets import PRESETS as PRESETS
 from moestro.competition.responses import RESPONSES as RESPONSES
 from moestro.competition.responses import Response as Response

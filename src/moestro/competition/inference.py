@@ -1,15 +1,46 @@
-"""Competition where a model is used: what the router was to learn, at the cost of all experts for every token."""
+"""Competition where a model is used: what the router was to learn, at the cost of all experts for every token.
+
+There is no step before it, so a text's own responses say what brings them on one scale.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from moestro.competition.responses import responses
-from moestro.competition.scaling import ResponseStatistics, scaled
+from moestro.competition.scaling import (
+    ResponseStatistics,
+    deviation_within,
+    next_offset,
+    response_sums,
+    scaled,
+    statistics_of,
+    wins_of,
+)
 from moestro.competition.settings import Compete
 from moestro.competition.winners import shares, strongest, to_winners, used_slots
 from moestro.errors import Misuse
 from moestro.routing import Proposal, Reroute, Routing
+
+EVEN_STEPS, EVEN_RATE = 64, 0.1
+"""How the offsets are found under which experts win a sample equally often."""
+
+
+def sample_statistics(response: Float[Tensor, "tokens experts"], rule: Compete, k: int) -> ResponseStatistics:
+    """Those of a sample by itself; where winners are balanced, with offsets by which all win about equally often."""
+    everyone = torch.ones(len(response), dtype=torch.bool, device=response.device)
+    found = statistics_of(response_sums(response, everyone, rule.response_scale))
+    if not rule.balance_winners:
+        return found
+    strength, offset = scaled(response, rule.response_scale, found), found.offset
+    within = deviation_within(response, rule.response_scale, found).mean()
+    for _ in range(EVEN_STEPS):
+        wins = wins_of(strongest(strength + offset, k), everyone, response.shape[1])
+        offset = next_offset(offset, wins, within, EVEN_RATE)
+    return replace(found, offset=offset)
 
 
 def by_competition(rule: Compete, statistics: Mapping[str, ResponseStatistics] | None = None) -> Reroute:

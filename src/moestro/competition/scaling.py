@@ -1,10 +1,11 @@
 """Bringing the responses of all experts to one scale.
 
 An expert whose outputs are large would win everywhere, and be trained to be larger still. Its own mean over tokens
-takes that away. The mean over a token's experts would not: it leaves large experts large.
+takes that away. The mean over a token's experts would not: it leaves large experts large. What is left, an expert that
+wins more often than others all the same, an offset takes away.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,9 +17,7 @@ Scale = Literal["none", "mean", "standard", "log"]
 of their logarithms."""
 
 DECAY = 0.9
-"""Of what was seen, per optimiser step: a mean over about ten steps' tokens."""
-EVEN_STEPS, EVEN_RATE = 64, 0.1
-"""How the offsets are found under which experts win a sample equally often."""
+"""Of what was seen, per step in which the layer competed: a mean over about ten steps' tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,22 +30,26 @@ class ResponseStatistics:
     mean: Float[Tensor, " experts"]
     std: Float[Tensor, " experts"]
     offset: Float[Tensor, " experts"]
-    """Is added where responses are standardised, so that an expert that won too often wins less: 0 unless balanced."""
+    """Is added to standardised responses, so that an expert that won too often wins less: 0 unless balanced."""
 
 
 def response_sums(
     response: Float[Tensor, "competing experts"],
     filled: Bool[Tensor, " competing"],
     scale: Scale,
+    statistics: ResponseStatistics | None = None,
     winner: Int[Tensor, "competing k"] | None = None,
-) -> Float[Tensor, "4 experts"]:
-    """Number, sum, sum of squares and wins over the tokens that competed.
+) -> Float[Tensor, "5 experts"]:
+    """Number, sum, sum of squares, wins and deviations within tokens, over the tokens that competed.
 
-    In float64: they add up over batches and ranks.
+    In float64: they add up over batches and ranks. Wins and deviations are 0 where nobody won yet.
     """
     number = units(response, scale).double().masked_fill(~filled[:, None], 0.0)
-    wins = torch.zeros_like(number[0]) if winner is None else wins_of(winner, filled, response.shape[1])
-    return torch.stack([filled.double().sum().expand_as(wins), number.sum(0), number.square().sum(0), wins])
+    wins = within = torch.zeros_like(number[0])
+    if winner is not None and statistics is not None:
+        wins = wins_of(winner, filled, response.shape[1])
+        within = (deviation_within(response, scale, statistics) * filled).double().sum().expand_as(wins)
+    return torch.stack([filled.double().sum().expand_as(wins), number.sum(0), number.square().sum(0), wins, within])
 
 
 def wins_of(
@@ -57,20 +60,32 @@ def wins_of(
     return torch.zeros(num_experts, dtype=torch.float64, device=winner.device).index_add(0, winner.flatten(), once)
 
 
-def toward_even(
-    offset: Float[Tensor, " experts"], wins: Float[Tensor, " experts"], rate: float
-) -> Float[Tensor, " experts"]:
-    """Offsets lower by `rate` times what an expert won above the mean, as a share of that; where nobody won, as before.
+def deviation_within(
+    response: Float[Tensor, "competing experts"], scale: Scale, statistics: ResponseStatistics
+) -> Float[Tensor, " competing"]:
+    """Standard deviation of a token's standardised responses over experts: 0 where all experts are copies of one."""
+    return standardised(response, scale, statistics).std(-1, correction=0)
 
-    Selection biases of routers that are balanced without a loss move alike (Wang et al. 2024, arXiv:2408.15664), by the
-    sign alone.
+
+def next_offset(
+    offset: Float[Tensor, " experts"],
+    wins: Float[Tensor, " experts"],
+    within: Float[Tensor, ""] | Float[Tensor, " experts"],
+    rate: float,
+) -> Float[Tensor, " experts"]:
+    """An expert's offset falls by rate * `within` * (its wins / mean wins - 1). Where nobody won all stay.
+
+    `within`, the mean deviation within tokens, is what decides who wins: of experts that hardly differ no chance is
+    blown up. Selection biases of routers that are balanced without a loss (Wang et al. 2024, arXiv:2408.15664) move
+    alike, by the sign alone.
     """
     mean = wins.mean()
-    return offset - rate * torch.where(mean > 0, wins / mean.clamp_min(1e-9) - 1, 0.0).to(offset.dtype)
+    above = torch.where(mean > 0, wins / mean.clamp_min(1e-9) - 1, 0.0)
+    return offset - (rate * within * above).to(offset.dtype)
 
 
 def statistics_of(
-    sums: Float[Tensor, "rows experts"], offset: Float[Tensor, " experts"] | None = None
+    sums: Float[Tensor, "5 experts"], offset: Float[Tensor, " experts"] | None = None
 ) -> ResponseStatistics:
     """Mean and deviation from the sums; both 1 where no token competed. Does not wait for the device to know that."""
     seen = sums[0] > 0
@@ -84,21 +99,6 @@ def statistics_of(
     )
 
 
-def sample_statistics(
-    response: Float[Tensor, "tokens experts"], scale: Scale, k: int, *, even: bool
-) -> ResponseStatistics:
-    """Those of a sample by itself; `even`: with the offsets under which all experts win equally often, nearly."""
-    everyone = torch.ones(len(response), dtype=torch.bool, device=response.device)
-    found = statistics_of(response_sums(response, everyone, scale))
-    if not even:
-        return found
-    strength, offset = scaled(response, scale, found), found.offset
-    for _ in range(EVEN_STEPS):
-        winner = (strength + offset).topk(k, dim=-1).indices
-        offset = toward_even(offset, wins_of(winner, everyone, response.shape[1]), EVEN_RATE)
-    return replace(found, offset=offset)
-
-
 def scaled(
     response: Float[Tensor, "competing n"],
     scale: Scale,
@@ -106,16 +106,31 @@ def scaled(
     expert: Int[Tensor, "competing n"] | None = None,
 ) -> Float[Tensor, "competing n"]:
     """Responses of all experts, or of those that `expert` names, on one scale."""
-    response = units(response, scale)
     if scale == "none":
         return response
     assert statistics is not None
-    known = (statistics.mean, statistics.std, statistics.offset)
-    mean, std, offset = (v.to(response.device) if expert is None else v.to(response.device)[expert] for v in known)
     if scale == "mean":
-        return response / mean.abs().clamp_min(1e-12)
-    standard = (response - mean) / (std + 1e-6 * mean.abs()).clamp_min(1e-12)  # an expert that answers all alike: 0
-    return standard + offset
+        return response / of(statistics.mean, response, expert).abs().clamp_min(1e-12)
+    return standardised(response, scale, statistics, expert) + of(statistics.offset, response, expert)
+
+
+def standardised(
+    response: Float[Tensor, "competing n"],
+    scale: Scale,
+    statistics: ResponseStatistics,
+    expert: Int[Tensor, "competing n"] | None = None,
+) -> Float[Tensor, "competing n"]:
+    """Less each expert's mean, over its standard deviation; 0 of an expert that answers all alike."""
+    mean, std = of(statistics.mean, response, expert), of(statistics.std, response, expert)
+    return (units(response, scale) - mean) / (std + 1e-6 * mean.abs()).clamp_min(1e-12)
+
+
+def of(
+    value: Float[Tensor, " experts"], response: Tensor, expert: Int[Tensor, "competing n"] | None
+) -> Float[Tensor, " experts"] | Float[Tensor, "competing n"]:
+    """A number per expert where the responses are, or that of the experts named."""
+    value = value.to(response.device)
+    return value if expert is None else value[expert]
 
 
 def units(response: Float[Tensor, "competing n"], scale: Scale) -> Float[Tensor, "competing n"]:

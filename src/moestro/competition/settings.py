@@ -21,8 +21,9 @@ class Compete:
     response_scale: Scale = "log"
     """What makes responses comparable between experts; log takes responses above 0 (lengths are nearly log-normal)."""
     balance_winners: float = 0.05
-    """How fast an offset per expert moves, in standard deviations per optimiser step and 100 % of wins above the mean,
-    so that all experts win equally often, and the router learns a balanced choice. 0: never."""
+    """How fast an offset per expert moves against what it won, so that all win about equally often and the router
+    learns a balanced choice: per step in which a layer competes and 100 % of wins above the mean, in mean standard
+    deviations of a token's strengths. It acts on target and shares too. 0: never."""
     temperature: float = 1.0
     """Of the target, and of the winners' softmax."""
     target: Target = "experts"
@@ -59,10 +60,13 @@ class Compete:
             raise Misuse(f"rate must be above 0 and at most 1, got {self.rate}")
         if self.max_layers is not None and (self.by == "tokens" or self.max_layers < 1):
             raise Misuse(f'max_layers must be at least 1, and needs by="steps", got {self.max_layers}')
-        if not self.balance_winners >= 0:
-            raise Misuse(f"balance_winners must be 0 or more, got {self.balance_winners}")
+        if not 0 <= self.balance_winners < float("inf"):
+            raise Misuse(f"balance_winners must be a number of at least 0, got {self.balance_winners}")
         if self.balance_winners and self.response_scale not in ("standard", "log"):
-            raise Misuse("balance_winners needs response_scale = standard or log; set it to 0")
+            raise Misuse(
+                f"balance_winners needs response_scale = standard or log, got {self.response_scale}: set "
+                "balance_winners to 0"
+            )
         if not self.tie_break >= 0:
             raise Misuse(f"tie_break must be 0 or more, got {self.tie_break}")
         if self.end_step is not None and self.end_step <= self.start_step:

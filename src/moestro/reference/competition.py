@@ -44,7 +44,7 @@ def respond(output: Float[Tensor, " dim"], kind: str) -> Tensor:
 def on_scale(
     response: Tensor, expert: int, scale: str, mean: Sequence[float], std: Sequence[float], offset: Sequence[float]
 ) -> Tensor:
-    """A response as it is, over its expert's mean, or it (or its logarithm) in standard deviations from an offset."""
+    """A response as it is, over its expert's mean, or standardised, it or its logarithm, plus an offset."""
     if scale == "none":
         return response
     response = torch.log(response) if scale == "log" else response

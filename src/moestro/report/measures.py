@@ -180,7 +180,8 @@ KNOWN = (
         least=0.5,
         title="MaxVio of winners",
         decimals=2,
-        meaning="How far the expert that would win most is above an even share: large where competition collapses.",
+        meaning="How far the expert that would win most, were wins not balanced, is above an even share: large where "
+        "competition collapses.",
     ),
     Measure(
         field="response",
