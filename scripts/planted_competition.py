@@ -102,10 +102,10 @@ COMPETITION = [
         "test_compete",
     ),
     Bug(
-        "competition: wins of this step alone move the offsets",
+        "competition: offsets forgotten from step to step",
         "adapters/compete.py",
-        "next_offset(offset, wins,",
-        "next_offset(offset, sums[3],",
+        "offset = torch.zeros_like(wins) if self.offset is None else self.offset",
+        "offset = torch.zeros_like(wins)",
         "test_compete::test_experts_win_equally_often_after_a_while",
     ),
     Bug(

@@ -82,9 +82,7 @@ def test_a_recomputation_is_not_counted_again():
             aux.step()
     competing = sum(-(-int(row.sum()) // 2) for row in tiny.inputs["attention_mask"])
     for layer in aux.state_dict()["layers"].values():
-        number, _, _, wins, _ = layer["responses"]
-        assert set(number) == {0.9 * competing + competing}
-        assert sum(wins) == competing * tiny.model.config.num_experts_per_tok
+        assert set(layer["responses"][0]) == {0.9 * competing + competing}
 
 
 def test_under_lora_the_adapted_experts_compete_and_the_router_learns():

@@ -85,9 +85,9 @@ def next_offset(
 
 
 def statistics_of(
-    sums: Float[Tensor, "5 experts"], offset: Float[Tensor, " experts"] | None = None
+    sums: Float[Tensor, "rows experts"], offset: Float[Tensor, " experts"] | None = None
 ) -> ResponseStatistics:
-    """Mean and deviation from the sums; both 1 where no token competed. Does not wait for the device to know that."""
+    """Mean and deviation from the first three sums, 1 where no token competed: the device is not waited for to know."""
     seen = sums[0] > 0
     number = torch.where(seen, sums[0], 1.0)
     mean = sums[1] / number
