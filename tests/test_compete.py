@@ -338,8 +338,8 @@ def test_offsets_of_a_sample_let_all_experts_win_it_equally_often(k):
         found = sample_statistics(response, Compete(balance_winners=rate), k)
         wins = torch.bincount(scaled(response, "log", found).topk(k).indices.flatten(), minlength=8)
         apart.append((wins.max() / wins.float().mean() - 1).item())
-    assert apart[1] < 0.02
-    assert apart[0] > 0.1 or k == 8
+    assert apart[1] < 0.15  # they are found by every second token
+    assert apart[0] > 0.3 or k == 8
 
 
 def test_what_nobody_responded_to_is_not_scaled():

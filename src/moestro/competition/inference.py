@@ -25,8 +25,9 @@ from moestro.competition.winners import shares, strongest, to_winners, used_slot
 from moestro.errors import Misuse
 from moestro.routing import Proposal, Reroute, Routing
 
-EVEN_STEPS, EVEN_RATE = 64, 0.1
-"""How the offsets are found under which experts win a sample equally often."""
+EVEN_TOKENS, EVEN_STEPS, EVEN_RATE, EVEN_WITHIN = 2048, 64, 0.1, 0.02
+"""How the offsets are found under which experts win a sample about equally often: by so many of its tokens, in at most so
+many steps at this rate, fewer where no expert is further from the mean than that share of it."""
 
 
 def sample_statistics(response: Float[Tensor, "tokens experts"], rule: Compete, k: int) -> ResponseStatistics:
@@ -35,10 +36,13 @@ def sample_statistics(response: Float[Tensor, "tokens experts"], rule: Compete, 
     found = statistics_of(response_sums(response, everyone, rule.response_scale))
     if not rule.balance_winners:
         return found
-    strength, offset = scaled(response, rule.response_scale, found), found.offset
-    within = deviation_within(response, rule.response_scale, found).mean()
+    some = slice(None, None, -(-len(response) // EVEN_TOKENS))
+    strength, offset = scaled(response[some], rule.response_scale, found), found.offset
+    within = deviation_within(response[some], rule.response_scale, found).mean()
     for _ in range(EVEN_STEPS):
-        wins = wins_of(strongest(strength + offset, k), everyone, response.shape[1])
+        wins = wins_of(strongest(strength + offset, k), everyone[some], response.shape[1])
+        if (wins - wins.mean()).abs().max() <= EVEN_WITHIN * wins.mean():
+            break
         offset = next_offset(offset, wins, within, EVEN_RATE)
     return replace(found, offset=offset)
 

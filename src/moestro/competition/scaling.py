@@ -48,7 +48,8 @@ def response_sums(
     wins = within = torch.zeros_like(number[0])
     if winner is not None and statistics is not None:
         wins = wins_of(winner, filled, response.shape[1])
-        within = (deviation_within(response, scale, statistics) * filled).double().sum().expand_as(wins)
+        of_tokens = deviation_within(response, scale, statistics).double().masked_fill(~filled, 0.0)
+        within = of_tokens.sum().expand_as(wins)
     return torch.stack([filled.double().sum().expand_as(wins), number.sum(0), number.square().sum(0), wins, within])
 
 
