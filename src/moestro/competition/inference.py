@@ -26,8 +26,8 @@ from moestro.errors import Misuse
 from moestro.routing import Proposal, Reroute, Routing
 
 EVEN_TOKENS, EVEN_STEPS, EVEN_RATE, EVEN_WITHIN = 2048, 64, 0.1, 0.02
-"""How the offsets are found under which experts win a sample about equally often: by so many of its tokens, in at most so
-many steps at this rate, fewer where no expert is further from the mean than that share of it."""
+"""How the offsets are found under which experts win a sample about equally often: by so many of its tokens, in at most
+so many steps at this rate, fewer where no expert is further from the mean than that share of it."""
 
 
 def sample_statistics(response: Float[Tensor, "tokens experts"], rule: Compete, k: int) -> ResponseStatistics:
