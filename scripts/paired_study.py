@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from collect_study import measured
 
 from moestro.statistics import Difference, compare_with_first
 
@@ -35,25 +36,15 @@ class Study:
 
 def of_layers(name: str, chance: str | None = None) -> Callable[[Run], float | None]:
     """The mean over layers of one of their figures, above chance where that is named."""
-
-    def measure(run: Run) -> float | None:
-        figures = [figures_of(layer) for layer in run["summary"]["layers"]]
-        known = [f[name] - (f[chance] if chance else 0.0) for f in figures if f.get(name) is not None]
-        return statistics.fmean(known) if known else None
-
-    return measure
+    return lambda run: measured(run["summary"]["layers"], name, chance)
 
 
 def above_fixed(run: Run) -> float | None:
     """How far agreement is above the best fixed choice's, as a share of what is left above that; mean over layers."""
-    pairs = [(f.get("agreement"), f.get("agreement_shuffled")) for f in map(figures_of, run["summary"]["layers"])]
+    figures = [layer["figures"] for layer in run["summary"]["layers"]]
+    pairs = [(f.get("agreement"), f.get("agreement_shuffled")) for f in figures]
     known = [(found - fixed) / (1 - fixed) for found, fixed in pairs if found is not None and fixed != 1]
     return statistics.fmean(known) if known else None
-
-
-def figures_of(layer: dict[str, Any]) -> dict[str, float | None]:
-    """A layer's numbers."""
-    return layer["figures"]
 
 
 def gain(run: Run) -> float | None:
