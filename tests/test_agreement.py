@@ -84,6 +84,16 @@ def test_a_router_that_knows_and_one_that_sees_nothing():
     assert all_of_them.corrected_agreement is None
 
 
+def test_balanced_winners_are_even_and_what_balances_them_is_told():
+    normal = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0))
+    response = (normal.sign() * normal.abs() ** torch.linspace(0.3, 3, 8)).exp()
+    chosen = torch.arange(2).expand(2000, 2)
+    as_they_come, balanced = (agreement_figures(response, chosen, Compete(balance_winners=b)) for b in (0.0, 0.1))
+    assert balanced.winners_max_vio == as_they_come.winners_max_vio > 0.3
+    assert as_they_come.static_agreement > 0.3
+    assert balanced.static_agreement == pytest.approx(2 / 8, abs=0.01)
+
+
 def test_the_meter_sees_evaluation_alone_and_changes_nothing():
     tiny = tiny_models.build("mixtral", padded=True)
     meter = ResponseMeter(sample=8)

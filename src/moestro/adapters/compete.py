@@ -63,8 +63,8 @@ class Competitor:
         """Take in what was seen since the last optimiser step, over all ranks, and be in step `step`."""
         if self.sums is not None:
             sums, self.sums = over_ranks(self.sums), None
-            responses, (wins, within) = sums[:3], sums[3:]
-            self.seen = responses if self.seen is None else DECAY * self.seen + responses
+            moments, (wins, within) = sums[:3], sums[3:]
+            self.seen = moments if self.seen is None else DECAY * self.seen + moments
             offset = torch.zeros_like(wins) if self.offset is None else self.offset
             tokens = (wins.sum() / self.layer.top_k).clamp_min(1)
             self.offset = next_offset(offset, wins, within / tokens, self.rule.balance_winners)
