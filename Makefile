@@ -2,7 +2,10 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+
+# Compiling all that is installed takes longer than installing it; Python compiles what is imported, if it may keep it.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test slow types planted clean
 
