@@ -147,6 +147,8 @@ def test_the_interval_of_a_difference_turns_with_its_words():
 def test_the_sentence_without_an_interval():
     comparison = _with_losses([4.1], [4.088])
     assert sentences.difference(comparison, comparison.recipes[1]) == "0.012 nats lower than dense, 1 seed"
+    cancelled = _with_losses([4.1, 4.2], [4.112, 4.1881])
+    assert sentences.difference(cancelled, cancelled.recipes[1]) == "0.000 nats higher than dense, 2 seeds"
     same = _with_losses(FIRST, FIRST)
     assert sentences.difference(same, same.recipes[1]) == "equal to dense, 4 seeds"
 

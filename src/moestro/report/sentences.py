@@ -131,14 +131,14 @@ def noise(comparison: Comparison, result: RecipeResult) -> str:
 
 
 def decimals_of(comparison: Comparison) -> int:
-    """Decimals for differences: enough for the narrowest interval, the same for all recipes so that columns align."""
+    """Decimals for differences: two digits of the least noise, the same for all recipes so that columns align."""
     return max((decimals_for(_spread(r.difference)) for r in comparison.recipes if r.difference is not None), default=3)
 
 
 def _spread(found: Difference) -> float:
     if found.interval is not None:
         return (found.interval[1] - found.interval[0]) / 2
-    return abs(found.mean)
+    return max(map(abs, found.by_seed))  # their mean may be next to nothing by cancelling
 
 
 def _with_verdict(results: list[RecipeResult], verdict: Verdict) -> list[RecipeResult]:
