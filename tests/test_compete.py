@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from competing import OneLayer, batch, observed, run
 from moestro import AuxLosses, Compete, Misuse, observe, reference
@@ -267,8 +268,13 @@ def test_no_cut_of_the_batch_changes_gradients(options: dict):
     [
         ({"response": "loud"}, "response must be one of l2, rms, softplus, relu, silu, sigmoid, got 'loud'"),
         ({"rate": 0.0}, "rate must be above 0 and at most 1, got 0.0"),
-        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
-        ({"max_layers": 3}, 'max_layers must be at least 1, and needs by="steps", got 3'),
+        ({"response": 3}, "response must be a name or a function of outputs, got 3"),
+        ({"temperature": 0.0}, "temperature must be a number above 0, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be a number above 0, got inf"),
+        ({"tie_break": float("inf")}, "tie_break must be a number of at least 0, got inf"),
+        ({"max_layers": 3}, "max_layers is of competing steps: set by to steps, or max_layers to none"),
+        ({"by": "steps", "max_layers": 0}, "max_layers must be at least 1, got 0"),
+        ({"start_step": -1}, "start_step must be 0 or more, got -1"),
         ({"balance_winners": -0.1}, "balance_winners must be a number of at least 0, got -0.1"),
         ({"balance_winners": float("inf")}, "balance_winners must be a number of at least 0, got inf"),
         ({"response_scale": "mean"}, "balance_winners needs response_scale = standard or log, got mean"),
@@ -278,7 +284,7 @@ def test_no_cut_of_the_batch_changes_gradients(options: dict):
         ({"through_weights": True, "forward": False}, "through_weights needs forward"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(options, message):
+def test_settings_that_cannot_work_are_refused(options, message, unchecked):
     with pytest.raises(Misuse, match=message):
         Compete(**options)
 
@@ -349,3 +355,135 @@ def test_what_nobody_responded_to_is_not_scaled():
     assert torch.equal(scaled(response, "mean", none), response)
     torch.testing.assert_close(scaled(response, "standard", none), response - 1)
     assert all(scaled(response, scale, none).isfinite().all() for scale in get_args(Scale))
+
+
+@pytest.mark.parametrize(
+    ("respond", "message"),
+    [
+        (lambda output: output, "response must make"),
+        (lambda output: output.norm(dim=-1, keepdim=True), "response must make"),
+        (lambda output: output.argmax(-1), "response must make"),
+        (lambda output: 1.0, "response must make"),
+        (lambda output: -output.norm(dim=-1), "never negative, got -"),
+    ],
+)
+def test_functions_of_ones_own_that_are_no_responses_are_refused(respond, message, unchecked):
+    model, aux = OneLayer().train(), AuxLosses(compete=Compete(response=respond))
+    with aux.attach(model), pytest.raises(Misuse, match=message):
+        model(**batch(2, 8))
+
+
+def trained(model: OneLayer, rows: int, length: int, steps: int, learning_rate: float = 0.0) -> tuple[float, Tensor]:
+    """The largest offset there ever was, and the wins of the second half, of steps with other tokens each."""
+    aux, records, largest, wins = AuxLosses(balance=1e-2, distillation=0.1, compete=Compete()), [], 0.0, torch.zeros(8)
+    optimizer = torch.optim.Adam(model.parameters(), learning_rate)
+    with aux.attach(model), observe(model, records.append):
+        for step in range(steps):
+            model(**batch(rows, length, seed=step)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            aux.step()
+            found, record = aux.state_dict()["layers"]["layer"].get("offset", [0.0]), records.pop()
+            largest = max(largest, *map(abs, found))
+            if step >= steps // 2:
+                wins += torch.bincount(record.competition.winner.flatten(), minlength=8)
+    return largest, wins
+
+
+def test_one_competing_token_a_step_says_no_scale_by_itself():
+    """Of one token there is no deviation: whatever came next would be a million of them away."""
+    largest, wins = trained(OneLayer(8, 2).train(), rows=1, length=16, steps=100)
+    assert largest < 2
+    assert wins.min() > 0
+
+
+def test_experts_that_begin_at_zero_do_not_blow_offsets_up():
+    model = OneLayer(8, 2).train()
+    torch.nn.init.zeros_(model.layer.experts.down_proj)
+    largest, wins = trained(model, rows=8, length=64, steps=100, learning_rate=1e-3)
+    assert largest < 3
+    assert wins.min() > 0
+
+
+def test_no_cut_of_the_batch_changes_which_tokens_balance_the_router():
+    """Rows of the competition that no token of a shorter sequence fills name any tokens: those are not cut off."""
+    inputs, rule = (
+        batch(4, 12, padded=True),
+        Compete(rate=0.4, balance_competing=False, response_scale="none", balance_winners=0.0),
+    )
+
+    def gradient(rows: int) -> Tensor:
+        model, aux = OneLayer().train(), AuxLosses(balance=1.0, compete=rule)
+        with aux.attach(model, add_to_loss=False):
+            for start in range(0, 4, rows):
+                model(**{name: value[start : start + rows] for name, value in inputs.items()}, offset=start)
+                total = aux.total()
+                assert total is not None
+                (total * rows / 4).backward()
+        assert model.layer.router.weight.grad is not None
+        return model.layer.router.weight.grad
+
+    whole = gradient(4)
+    for rows in (2, 1):
+        torch.testing.assert_close(gradient(rows), whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_response_that_overflowed_is_left_out():
+    """Of one token at one expert: the token does not compete, and no later step hears of it."""
+    model, inputs, calls = OneLayer().train(), batch(4, 16), [0]
+
+    def respond(output: Tensor) -> Tensor:
+        found = output.norm(dim=-1)
+        calls[0] += 1
+        return found.index_put((torch.tensor(0), torch.tensor(1)), torch.tensor(torch.inf)) if calls[0] == 2 else found
+
+    aux, records = AuxLosses(distillation=0.1, compete=Compete(rate=0.5, response=respond)), []
+    with aux.attach(model), observe(model, records.append):
+        for _ in range(4):
+            model.zero_grad()
+            model(**inputs).loss.backward()
+            assert model.layer.router.weight.grad is not None
+            assert bool(model.layer.router.weight.grad.isfinite().all())
+            aux.step()
+    assert [int(record.competition.filled.sum()) for record in records] == [32, 31, 32, 32]
+
+
+def test_a_selection_bias_is_moved_by_what_it_can_move():
+    """Not by what the winners make of the load: no bias would ever even that out."""
+    found = {}
+    for rate in (None, 1.0):
+        model = OneLayer(8, 2, scores="sigmoid", selection_bias=True).train()
+        aux = AuxLosses(bias_rate=1e-2, compete=rate and Compete(rate=rate, balance_winners=0.0))
+        with aux.attach(model):
+            for _ in range(30):
+                model(**batch(8, 32))
+                aux.step()
+        found[rate] = model.layer.router.e_score_correction_bias.clone()
+    assert torch.equal(found[1.0], found[None])
+
+
+def test_the_state_outlives_the_attachment_and_is_forgotten_where_another_is_loaded():
+    model, rule = OneLayer().train(), Compete(rate=1.0)
+    aux = AuxLosses(compete=rule)
+    with aux.attach(model):
+        for _ in range(2):
+            model(**batch(4, 8))
+            aux.step()
+        inside = aux.state_dict()
+        aux.load_state_dict({"steps": 0, "layers": {}})
+        assert "responses" not in aux.state_dict()["layers"]["layer"]
+        aux.load_state_dict(inside)
+    assert aux.state_dict() == inside
+    assert set(inside["layers"]["layer"]) == {"load", "responses", "offset"}
+    other = AuxLosses(compete=rule)
+    other.load_state_dict(inside)
+    assert other.state_dict() == inside
+
+
+def test_diversity_alone_has_a_graph_before_anybody_won():
+    model, aux = OneLayer().train(), AuxLosses(diversity=0.1, compete=Compete(rate=0.5))
+    with aux.attach(model, add_to_loss=False):
+        model(**batch(2, 8))
+        total = aux.total()
+        assert total is not None
+        total.backward()

@@ -10,6 +10,7 @@ from torch import nn
 
 from competing import observed
 from moestro import AuxLosses, Compete, LayerRecord, Misuse, freeze, observe, reroute
+from moestro.adapters import moe_layers
 from moestro.competition import by_competition
 from test_attach_gradients import gradients, lora
 from test_aux_losses import assert_equal
@@ -93,6 +94,51 @@ def test_under_lora_the_adapted_experts_compete_and_the_router_learns():
     assert any(g.any() for name, g in found.items() if "gate.lora" in name)
     bare, _ = third_step(tiny.model, tiny.inputs)
     assert not torch.allclose(records[0].competition.response, bare[0].competition.response)
+
+
+@pytest.mark.parametrize("package", ["mixtral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "recomputed"])
+def test_answers_without_graph_take_no_gradient_from_lora(package: str, checkpointing: bool):
+    """Competition that teaches nothing and sends nobody anywhere leaves every gradient as it was."""
+    tiny = tiny_models.build(package, padded=True)
+    adapted = lora(copy.deepcopy(tiny.model).train())
+    if checkpointing:
+        adapted.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        adapted.enable_input_require_grads()  # type: ignore[operator]
+    expected = gradients(adapted, lambda: adapted(**tiny.inputs).loss.backward())
+    assert sum("experts" in name for name in expected) > 4
+    _, found = third_step(adapted, tiny.inputs, distillation=0.0, compete=Compete(rate=0.5, forward=False))
+    assert_equal(found, expected, 0.0)
+
+
+def test_what_cannot_work_is_said_before_the_first_step():
+    tiny = tiny_models.build("mixtral")
+    model = tiny.model.train()
+    layer = moe_layers(model)[0]
+    layer.experts.forward = layer.experts.forward  # as expert parallelism and offloading do
+    with (
+        pytest.raises(Misuse, match="does not run with expert parallelism or other people's hooks"),
+        AuxLosses(**COMPETE).attach(model),
+    ):
+        pass
+    del layer.experts.forward
+    freeze(model, "router")
+    with pytest.raises(Misuse, match="distillation moves routers"), AuxLosses(**COMPETE).attach(model):
+        pass
+    hashed = tiny_models.build("deepseek_v4").model.train()
+    rule = Compete(weights="router")
+    with pytest.raises(Misuse, match="weights = router needs"), AuxLosses(compete=rule).attach(hashed):
+        pass
+    embedded = tiny.model.get_input_embeddings()(tiny.inputs["input_ids"])  # type: ignore[operator]
+    resting = AuxLosses(compete=Compete(start_step=9))
+    with resting.attach(model), pytest.raises(Misuse, match="must be called with input_ids"):
+        model(inputs_embeds=embedded)
+    with (
+        torch.no_grad(),
+        reroute(model.eval(), by_competition(Compete(), {})),
+        pytest.raises(Misuse, match="statistics of responses lack"),
+    ):
+        model(**tiny.inputs)
 
 
 def test_a_resumed_run_goes_on_as_it_was():

@@ -66,7 +66,7 @@ def test_fields_that_only_go_together_are_set_together(fields):
     """Steps have a cap on layers, tokens must not have one."""
     compete = recipe(f"smoe+compete-v2-code:{fields}").compete
     assert (compete.by, compete.max_layers) == ("tokens", None)
-    with pytest.raises(Misuse, match="max_layers must be at least 1"):
+    with pytest.raises(Misuse, match="max_layers is of competing steps"):
         recipe("smoe+compete-v2-code:by=tokens")
 
 

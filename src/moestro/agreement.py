@@ -19,7 +19,8 @@ class AgreementFigures:
     static_agreement: float
     """What the k experts that win most often, chosen for every token, would have: a router that sees nothing."""
     regret: float
-    """Share of the winners' responses, each over its expert's mean, that is lost by the router's choice."""
+    """Share of the winners' responses, each over its expert's mean, that is lost by the router's choice; below 0 where
+    that has more of them, for winners are found on another scale."""
     target_entropy: float
     """Mean entropy of the target, over that of an even one: 1 where it says nothing."""
     spread: float

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from moestro.adapters.applicability import LOSSES, applicable, lora_target, trainable
+from moestro.adapters.applicability import LOSSES, applicable, lora_target, obstacle, trainable
 from moestro.adapters.batch import TrainerBatch, share_of_sequences
 from moestro.adapters.compete import Competitor
 from moestro.adapters.layer_losses import LayerLosses
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.native import native_balance_off
-from moestro.adapters.tap import Pass
+from moestro.adapters.tap import Pass, Tap
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.competition import Compete
@@ -111,6 +111,8 @@ class AuxLosses:
                 raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
         if self.variance_cap is not None and not self.variance_cap > 0:
             raise Misuse(f"variance_cap must be above 0, got {self.variance_cap}")
+        if self.compete is not None and not isinstance(self.compete, Compete):
+            raise Misuse(f"compete must be a moestro.Compete, as in compete=moestro.Compete(), got {self.compete!r}")
         if self.compete is None and (self.distillation or self.diversity):
             raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
         if self.diversity and self.compete is not None and not self.compete.forward:
@@ -178,6 +180,7 @@ class AuxLosses:
                 stack.enter_context(native_balance_off(model))
             watching = stack.enter_context(watch(model, listener, handles))
             for tap in watching.taps:
+                self._refuse_to_compete(tap)
                 tap.competitor = by_name[tap.layer.name].competitor
                 stack.callback(setattr, tap, "competitor", None)
             for state in self._layers:
@@ -189,11 +192,24 @@ class AuxLosses:
         wanted = [*self.weights, *(["bias_rate"] if self.bias_rate else [])]
         for loss, names in applicable(wanted, layers).items():
             logger.warning("%s is without effect at %d of %d layers: %s", loss, len(names), len(layers), names[0])
-        frozen = [layer for layer in layers if self.variance and not trainable(layer, model)]
-        if frozen:
-            target = lora_target(frozen[0], model)
-            how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
-            raise Misuse(f"variance moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
+        for loss in ("variance", "distillation"):
+            able = [layer for layer in layers if getattr(self, loss) and obstacle(layer, loss) is None]
+            frozen = [layer for layer in able if not trainable(layer, model)]
+            if frozen:
+                target = lora_target(frozen[0], model)
+                how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
+                raise Misuse(f"{loss} moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
+
+    def _refuse_to_compete(self, tap: Tap) -> None:
+        if self.compete is None:
+            return
+        if tap.original is not None:
+            raise Misuse(
+                "competition needs all experts of a layer in one place, and does not run with expert parallelism or "
+                f"other people's hooks: {tap.layer.name} has a forward of its own"
+            )
+        if self.compete.weights == "router" and self.compete.forward and tap.layer.scores is None:
+            raise Misuse(f"weights = router needs a router with scores, and that of {tap.layer.name} has none")
 
     def _begin(self, current: Pass, inputs: dict[str, Any]) -> None:
         if not current.training:
@@ -272,7 +288,8 @@ class AuxLosses:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, as plain numbers (selection biases are part of the model)."""
-        return {"steps": self.steps, "layers": {state.layer.name: state.state() for state in self._layers}}
+        layers = {state.layer.name: state.state() for state in self._layers} or self._restored.get("layers", {})
+        return {"steps": self.steps, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`, before or after attaching."""

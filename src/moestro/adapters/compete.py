@@ -31,6 +31,13 @@ from moestro.errors import Misuse
 from moestro.randomness import content, hashed, number_of
 from moestro.routing import Batch, Competition, MoELayer, Routing
 
+ENOUGH = 8
+"""Tokens that must have competed before their responses say what brings others on one scale."""
+
+MOST_WITHIN = 2.0
+"""Deviations within tokens are about 1 where statistics fit the experts. Where they do not yet (experts that began at
+0), offsets shall not be moved by the misfit: nothing would bring them back soon."""
+
 
 class Competitor:
     """One layer's competition: who competes now, and what is known of its experts' responses.
@@ -65,10 +72,11 @@ class Competitor:
             sums, self.sums = over_ranks(self.sums), None
             moments, (wins, within) = sums[:3], sums[3:]
             self.seen = moments if self.seen is None else DECAY * self.seen + moments
-            offset = torch.zeros_like(wins) if self.offset is None else self.offset
-            tokens = (wins.sum() / self.layer.top_k).clamp_min(1)
-            self.offset = next_offset(offset, wins, within / tokens, self.rule.balance_winners)
-            self.statistics = statistics_of(self.seen, self.offset)
+            if self.statistics is not None or bool(self.seen[0, 0] >= ENOUGH):
+                offset = torch.zeros_like(wins) if self.offset is None else self.offset
+                within = (within / (wins.sum() / self.layer.top_k).clamp_min(1)).clamp_max(MOST_WITHIN)
+                self.offset = next_offset(offset, wins, within, self.rule.balance_winners)
+                self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
 
     def count(self, competition: Competition) -> None:
@@ -83,17 +91,21 @@ class Competitor:
         self, tap: Tap, batch: Batch, hidden: Float[Tensor, "tokens dim"], proposed: Routing, *args: Any
     ) -> Rerouted | None:
         """What shall run in the place of what the router proposed; None where nobody competes."""
+        rule = self.rule
+        if batch.input_ids is None and (rule.by == "tokens" or rule.tie_break):
+            raise Misuse(
+                f"competing tokens are chosen, and ties broken, by their content: the model must be called with "
+                f"input_ids ({self.layer.name})"
+            )
         if not self.competes:
             return None
-        if tap.original is not None:
-            raise Misuse(
-                "competition needs all experts of a layer in one place: it does not run with expert parallelism"
-            )
-        rule = self.rule
         token, filled, key = self.competing(batch)
         response = responses(
             lambda part: tap.answers(part, None, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
         )
+        rule.check(response)
+        finite = response.isfinite().all(-1)  # one number that overflowed would be in the statistics for good
+        filled, response = filled & finite, response.masked_fill(~finite[:, None], 1.0)
         contest = Competition(token=token, filled=filled, response=response, target=None, winner=None)
         if rule.response_scale != "none" and self.statistics is None:
             return Rerouted(proposed, contest)
@@ -111,11 +123,6 @@ class Competitor:
         valid = torch.ones_like(everyone, dtype=torch.bool) if batch.valid is None else batch.valid
         if rule.by == "steps" and not rule.tie_break:  # nothing is chosen, nothing drawn
             return everyone, valid, everyone
-        if batch.input_ids is None:
-            raise Misuse(
-                f"competing tokens are chosen, and ties broken, by their content: the model must be called with "
-                f"input_ids ({self.layer.name})"
-            )
         key = content(batch) + self.key.to(batch.sequence.device)
         token, filled = (everyone, valid) if rule.by == "steps" else competing_tokens(batch, key, rule.rate)
         return token, filled, key[token]
@@ -149,9 +156,8 @@ class Competitor:
 
         routing = by(strength.gather(-1, winner))
         if not rule.balance_competing:
-            routing = replace(
-                routing, logits=detached_at(routing.logits, token), scores=detached_at(routing.scores, token)
-            )
+            cut = [detached_at(value, token, contest.filled) for value in (routing.logits, routing.scores)]
+            routing = replace(routing, logits=cut[0], scores=cut[1])
         return Rerouted(routing, contest, self.wants_outputs, weigh if rule.through_weights else None)
 
     def state(self) -> dict[str, Tensor | None]:
@@ -160,14 +166,20 @@ class Competitor:
 
     def resume(self, state: Mapping[str, list], step: int, device: torch.device) -> None:
         """Go on in step `step` with the state that was saved."""
+        self.sums = self.seen = self.offset = self.statistics = None
         if "responses" in state:
-            self.seen, self.offset = (
-                torch.tensor(state[name], dtype=torch.float64, device=device) for name in ("responses", "offset")
-            )
+            self.seen = torch.tensor(state["responses"], dtype=torch.float64, device=device)
+        if self.seen is not None and "offset" in state:
+            self.offset = torch.tensor(state["offset"], dtype=torch.float64, device=device)
             self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
 
 
-def detached_at(value: Tensor | None, token: Int[Tensor, " competing"]) -> Tensor | None:
-    """The same without gradient at some tokens."""
-    return None if value is None else value.index_copy(0, token, value[token].detach())
+def detached_at(
+    value: Tensor | None, token: Int[Tensor, " competing"], filled: Bool[Tensor, " competing"]
+) -> Tensor | None:
+    """The same without gradient at the tokens that compete; the rows that nobody fills name any tokens."""
+    if value is None:
+        return None
+    mine = value[token]
+    return value.index_copy(0, token, torch.where(filled[:, None], mine.detach(), mine))

@@ -47,6 +47,8 @@ class LayerLosses:
         """This pass's losses, each weighted over sequences, with their graph."""
         self.load: Tensor | None = None
         """Choices per expert since the last optimiser step."""
+        self.proposed: Tensor | None = None
+        """The same of the router alone, which is what a selection bias moves."""
         self.scores: Tensor | None = None
         """Sum of the slot scores per expert since the last optimiser step, and the number of tokens at the end."""
         self.sizes: Tensor | None = None
@@ -137,6 +139,8 @@ class LayerLosses:
     def count(self, record: LayerRecord, terms: dict[str, Tensor], share: Tensor) -> None:
         """Add this pass to the statistics of the optimiser step."""
         self.load = added(self.load, choices(record.routing, record.batch, self.layer.num_experts))
+        if self.aux.bias_rate and self.layer.selection_bias is not None:
+            self.proposed = added(self.proposed, choices(record.proposed, record.batch, self.layer.num_experts))
         if self.aux.variance and self.aux.variance_over == "lagged" and "variance" in self.names:
             total, count = mean_scores(record)
             self.scores = added(self.scores, torch.cat([total, count[None]]))
@@ -160,10 +164,11 @@ class LayerLosses:
             return
         load, self.load = over_ranks(self.load), None
         self.lagged_load = load / load.sum().clamp_min(1)
-        if self.aux.bias_rate and self.layer.selection_bias is not None:
+        if self.proposed is not None and self.layer.selection_bias is not None:
             # Ernie's bias is [1, experts]; Zaya's has one more entry, for skipping a layer, which stays.
             bias = self.layer.selection_bias.view(-1)[: self.layer.num_experts]
-            bias.copy_(next_bias(bias, load, self.aux.bias_rate))
+            proposed, self.proposed = over_ranks(self.proposed), None
+            bias.copy_(next_bias(bias, proposed, self.aux.bias_rate))
         if self.scores is not None:
             scores, self.scores = over_ranks(self.scores), None
             self.lagged_mean = scores[:-1] / scores[-1].clamp_min(1)

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.errors import Misuse
+
 Run = Callable[[Float[Tensor, "some dim"]], Float[Tensor, "some experts out"]]
 """Runs all of a layer's experts on any tokens."""
 
@@ -62,7 +64,18 @@ def responses(
 ) -> Float[Tensor, "competing experts"]:
     """Every expert's response to some tokens, without graph, fp32, in parts of bounded memory."""
     parts = hidden.split(rows_at_once(num_experts, hidden.shape[1]))
-    return torch.cat([respond(run(part).float()) for part in parts])
+    return torch.cat([responses_to(run(part).float(), respond) for part in parts])
+
+
+def responses_to(output: Float[Tensor, "some experts out"], respond: Response) -> Float[Tensor, "some experts"]:
+    """One number of each output, or Misuse where the function makes another shape of them."""
+    found = respond(output)
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.shape != output.shape[:-1]:
+        got = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else repr(found)
+        raise Misuse(
+            f"response must make {tuple(output.shape[:-1])} numbers of {tuple(output.shape)} outputs, got {got}"
+        )
+    return found.float()
 
 
 def rows_at_once(num_experts: int, dim: int) -> int:

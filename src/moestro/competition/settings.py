@@ -1,7 +1,11 @@
 """What there is to choose about competition."""
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal, get_args
+
+import torch
+from torch import Tensor
 
 from moestro.competition.responses import POSITIVE, RESPONSES, Response
 from moestro.competition.scaling import Scale
@@ -19,7 +23,8 @@ class Compete:
     response: Response | str = "l2"
     """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.RESPONSES`), or a function of outputs."""
     response_scale: Scale = "log"
-    """What makes responses comparable between experts; log takes responses above 0 (lengths are nearly log-normal)."""
+    """What makes responses comparable between experts; log takes responses above 0 (lengths are nearly log-normal), and
+    those of a function of your own that are not for nearly nothing."""
     balance_winners: float = 0.1
     """How fast an offset per expert moves against what it won, so that all win about equally often and the router
     learns a balanced choice: per step in which a layer competes and 100 % of wins above the mean, in mean standard
@@ -37,7 +42,7 @@ class Compete:
     by: By = "tokens"
     """tokens: some of each sequence, in every layer and step. steps: all of them, in some layers and steps."""
     rate: float = 1 / 32
-    """Share of the tokens that compete, or of the steps in which a layer does."""
+    """Share of the tokens that compete, rounded up in each sequence; or of the steps in which a layer does."""
     max_layers: int | None = None
     """By steps: at most so many layers compete in one."""
     start_step: int = 0
@@ -54,21 +59,27 @@ class Compete:
         for name, choice in (("response_scale", Scale), ("target", Target), ("weights", Weights), ("by", By)):
             if getattr(self, name) not in get_args(choice):
                 raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
-        if not self.temperature > 0:
-            raise Misuse(f"temperature must be above 0, got {self.temperature}")
+        if not isinstance(self.response, str) and not callable(self.response):
+            raise Misuse(f"response must be a name or a function of outputs, got {self.response!r}")
+        if not 0 < self.temperature < inf:
+            raise Misuse(f"temperature must be a number above 0, got {self.temperature}")
         if not 0 < self.rate <= 1:
             raise Misuse(f"rate must be above 0 and at most 1, got {self.rate}")
-        if self.max_layers is not None and (self.by == "tokens" or self.max_layers < 1):
-            raise Misuse(f'max_layers must be at least 1, and needs by="steps", got {self.max_layers}')
-        if not 0 <= self.balance_winners < float("inf"):
+        if self.max_layers is not None and self.by == "tokens":
+            raise Misuse("max_layers is of competing steps: set by to steps, or max_layers to none")
+        if self.max_layers is not None and self.max_layers < 1:
+            raise Misuse(f"max_layers must be at least 1, got {self.max_layers}")
+        if not 0 <= self.balance_winners < inf:
             raise Misuse(f"balance_winners must be a number of at least 0, got {self.balance_winners}")
         if self.balance_winners and self.response_scale not in ("standard", "log"):
             raise Misuse(
                 f"balance_winners needs response_scale = standard or log, got {self.response_scale}: set "
                 "balance_winners to 0"
             )
-        if not self.tie_break >= 0:
-            raise Misuse(f"tie_break must be 0 or more, got {self.tie_break}")
+        if not 0 <= self.tie_break < inf:
+            raise Misuse(f"tie_break must be a number of at least 0, got {self.tie_break}")
+        if self.start_step < 0:
+            raise Misuse(f"start_step must be 0 or more, got {self.start_step}")
         if self.end_step is not None and self.end_step <= self.start_step:
             raise Misuse(f"end_step must lie after start_step ({self.start_step}), got {self.end_step}")
         positive = callable(self.response) or self.response in POSITIVE
@@ -83,6 +94,15 @@ class Compete:
     def respond(self) -> Response:
         """The response as a function."""
         return RESPONSES[self.response] if isinstance(self.response, str) else self.response
+
+    def check(self, response: Tensor) -> None:
+        """Misuse where a function of one's own is below 0 and its logarithm is asked for."""
+        own = callable(self.response) and self.response_scale == "log"
+        if own and not torch.compiler.is_compiling() and bool((response < 0).any()):
+            raise Misuse(
+                f"response_scale = log needs a response that is never negative, got {response.min():.3g}: set it to "
+                "standard"
+            )
 
     def share(self, num_layers: int, sequence_length: int) -> float:
         """Of the tokens of sequences of that length, in so many layers, how many compete unless competition rests."""

@@ -69,7 +69,9 @@ def diversity(record: LayerRecord, form: DiversityForm = "pairs") -> PerSequence
     competition = _competition(record)
     k = record.routing.expert.shape[1]
     if competition.winner is None or k == 1:
-        return over_sequences(record, competition, competition.response.new_zeros(len(competition.token)))
+        return over_sequences(
+            record, competition, 0.0 * full_precision(record.proposed.weight)[competition.token].sum(-1)
+        )
     assert record.outputs is not None, "the record was made without outputs"
     outputs = record.outputs[competition.token]
     cosine = off_diagonal(correlation(gram(outputs, None))).sum((-2, -1))
