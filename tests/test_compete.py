@@ -373,9 +373,12 @@ def test_functions_of_ones_own_that_are_no_responses_are_refused(respond, messag
         model(**batch(2, 8))
 
 
-def trained(model: OneLayer, rows: int, length: int, steps: int, learning_rate: float = 0.0) -> tuple[float, Tensor]:
-    """The largest offset there ever was, and the wins of the second half, of steps with other tokens each."""
+def trained(
+    model: OneLayer, rows: int, length: int, steps: int, learning_rate: float = 0.0
+) -> tuple[float, float, Tensor]:
+    """The largest offset and the surest target there ever were, and the wins of the second half of the steps."""
     aux, records, largest, wins = AuxLosses(balance=1e-2, distillation=0.1, compete=Compete()), [], 0.0, torch.zeros(8)
+    surest = 0.0
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     with aux.attach(model), observe(model, records.append):
         for step in range(steps):
@@ -385,22 +388,25 @@ def trained(model: OneLayer, rows: int, length: int, steps: int, learning_rate: 
             aux.step()
             found, record = aux.state_dict()["layers"]["layer"].get("offset", [0.0]), records.pop()
             largest = max(largest, *map(abs, found))
+            if record.competition.target is not None:
+                surest = max(surest, float(record.competition.target.max()))
             if step >= steps // 2:
                 wins += torch.bincount(record.competition.winner.flatten(), minlength=8)
-    return largest, wins
+    return largest, surest, wins
 
 
 def test_one_competing_token_a_step_says_no_scale_by_itself():
     """Of one token there is no deviation: whatever came next would be a million of them away."""
-    largest, wins = trained(OneLayer(8, 2).train(), rows=1, length=16, steps=100)
+    largest, surest, wins = trained(OneLayer(8, 2).train(), rows=1, length=16, steps=100)
     assert largest < 2
+    assert surest < 0.99
     assert wins.min() > 0
 
 
 def test_experts_that_begin_at_zero_do_not_blow_offsets_up():
     model = OneLayer(8, 2).train()
     torch.nn.init.zeros_(model.layer.experts.down_proj)
-    largest, wins = trained(model, rows=8, length=64, steps=100, learning_rate=1e-3)
+    largest, _, wins = trained(model, rows=8, length=64, steps=100, learning_rate=1e-3)
     assert largest < 3
     assert wins.min() > 0
 

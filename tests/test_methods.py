@@ -1,11 +1,15 @@
 """The methods as variants of recipes: what they ask for, where they are refused, and how their fields are set."""
 
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 
 from moestro import Misuse
 from moestro.competition import PRESETS, Compete
 from moestro.training.fields import leaves
 from moestro.training.methods import METHODS
+from moestro.training.recipe import Competing
 from moestro.training.recipes import RECIPES, recipe
 
 WITH_EXPERTS = [name for name in RECIPES if name != "dense"]
@@ -54,6 +58,21 @@ def test_no_field_is_called_as_another_one(name):
     assert recipe(f"{name}+compete:balance=0.05,scale=2").losses.balance == 0.05
 
 
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("smoe+compete+compete", "compete is in 'smoe.compete.compete' more than once"),
+        ("smoe+compete-v2-paper+compete", "one way of competing at a time"),
+        ("smoe:rate=0.25", "rate is a field of competition, and smoe has none: try smoe.compete:rate="),
+        ("smoe:top_k=2+compete", "variants come before the colon, as in smoe.compete:top_k="),
+        ("smoe+compete:start=0.99,end=0.995,tokens=8192", "lies none of this run's 4 steps"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(spec, message):
+    with pytest.raises(Misuse, match=message):
+        recipe(spec)
+
+
 def test_a_part_of_a_run_becomes_steps():
     aux = recipe("smoe+compete:start=0.1,end=0.8,tokens=204800,rate=0.5").aux_losses()
     assert aux.compete == Compete(start_step=10, end_step=80, rate=0.5)
@@ -78,10 +97,35 @@ def test_fields_that_only_go_together_are_set_together(fields):
         ("smoe+compete:rate=2", "rate must be above 0 and at most 1, got 2.0"),
         ("smoe+compete:response=loud", "response must be one of"),
         ("smoe:compete=true", r"compete is set by a variant, as in smoe\+compete, got 'true'"),
-        ("smoe:rate=0.1", "unknown field 'rate'"),
         ("smoe:distillation=0.1", "set compete"),
     ],
 )
 def test_what_cannot_work_is_refused(spec, message):
     with pytest.raises(Misuse, match=message):
         recipe(spec)
+
+
+def test_the_table_of_fields_is_what_presets_set():
+    text = (Path(__file__).parent.parent / "docs" / "competition.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
+    ]
+    methods = ["compete", "compete-v1-paper", "compete-v2-paper", "compete-v2-code"]
+    recipes = [recipe(f"smoe+{method}") for method in methods]
+    blocks = recipes[0].model.num_moe_blocks
+    shown = {}
+    for name, *cells, _ in rows:
+        shown[name.strip("`")] = cells
+    of_rule = {f.name for f in fields(Competing)} - {"seed", "start_step", "end_step"}
+    assert shown.keys() == of_rule | {
+        "distillation", "distillation_form", "distillation_winners", "diversity", "diversity_form"
+    }  # fmt: skip
+    for name, cells in shown.items():
+        for found, cell in zip(recipes, cells, strict=True):
+            value = getattr(found.compete if name in of_rule else found.losses, name)
+            if cell.startswith("blocks / "):
+                assert value == pytest.approx(blocks / int(cell.removeprefix("blocks / ")))
+            elif isinstance(value, float):
+                assert value == float(cell)
+            else:
+                assert str(value).lower() == cell

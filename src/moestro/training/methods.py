@@ -44,6 +44,8 @@ def compete_v2_code(recipe: Recipe) -> Recipe:
 def competing(recipe: Recipe, preset: str, what: str) -> Recipe:
     """The recipe with competition by one of `moestro.competition.PRESETS`."""
     need_experts(recipe, "compete")
+    if recipe.compete is not None:
+        raise Misuse(f"experts compete in {recipe.name} already: one way of competing at a time")
     settings = PRESETS[preset](recipe.model.num_moe_blocks)
     rule = fields_of(settings.pop("compete"))
     return replace(

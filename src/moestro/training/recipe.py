@@ -202,6 +202,11 @@ class Recipe:
                 f"start and end must be shares of a run, the one before the other, "
                 f"got {self.compete.start} and {self.compete.end}"
             )
+        if self.compete is not None and round(self.compete.start * t.steps) >= round(self.compete.end * t.steps):
+            raise Misuse(
+                f"nobody would ever compete: between start ({self.compete.start}) and end ({self.compete.end}) lies "
+                f"none of this run's {t.steps} steps"
+            )
         self.aux_losses()  # it knows what its fields must be
         self.model.config(t.sequence_length)
         return self

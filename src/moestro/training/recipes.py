@@ -5,6 +5,7 @@ single fields, `cartesian+parallel` is a variant, and flags override fields of e
 """
 
 from collections.abc import Callable
+from dataclasses import fields as fields_of
 from dataclasses import replace
 
 from moestro.errors import Misuse
@@ -13,7 +14,7 @@ from moestro.routers import RouterRule
 from moestro.training import controls
 from moestro.training.fields import nearest, override
 from moestro.training.methods import METHODS
-from moestro.training.recipe import Losses, Model, Recipe
+from moestro.training.recipe import Competing, Losses, Model, Recipe
 from moestro.training.sizes import SIZES
 
 
@@ -111,6 +112,10 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 """Applied by `recipe+variant`."""
 
 
+OF_COMPETITION = {f.name for f in fields_of(Competing)} - {"seed"}
+"""Fields that only a recipe with competition has."""
+
+
 def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
     """The recipe that `name+variant:field=value,field=value` describes, at one size; `overrides` come first."""
     if size not in SIZES:
@@ -123,11 +128,22 @@ def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
     for variant in variants:
         if variant not in VARIANTS:
             raise Misuse(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}")
+        if variants.count(variant) > 1:
+            raise Misuse(f"{variant} is in {path!r} more than once")
         result = replace(VARIANTS[variant](result), name=f"{result.name}+{variant}")
     values = dict(overrides)
     for part in filter(None, fields.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             raise Misuse(f"an override must read field=value, got {part!r} in {spec!r}")
+        if "+" in value and value.partition("+")[2] in VARIANTS:
+            raise Misuse(
+                f"variants come before the colon, as in {name}+{value.partition('+')[2]}:{key}=..., got {spec!r}"
+            )
         values[key.strip()] = value.strip()
+    needless = [key for key in values if result.compete is None and key in OF_COMPETITION]
+    if needless:
+        raise Misuse(
+            f"{needless[0]} is a field of competition, and {path} has none: try {path}+compete:{needless[0]}=..."
+        )
     return replace(override(result, values), name=spec).validate()
