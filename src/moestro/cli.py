@@ -290,7 +290,7 @@ def main() -> None:
     except Interrupted as stop:
         fail(str(stop), 130)
     except KeyboardInterrupt:
-        fail("stopped at once; the same command goes on from the last checkpoint", 130)
+        fail("stopped at once; the same command goes on from the last checkpoint, if there is one", 130)
 
 
 def fail(message: str, code: int) -> None:
