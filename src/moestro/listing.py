@@ -56,8 +56,8 @@ def print_costs(rows: Sequence[Estimate], runs: str) -> None:
     print_words(console, {row.name: row.description for row in rows})
     line(
         console,
-        "FLOPs are per token of training, forward and backward, averaged over the run, the answers of competing experts "
-        "included. Memory counts weights, gradients and AdamW in fp32, "
+        "FLOPs are per token of training, forward and backward, averaged over the run, with the answers of competing "
+        "experts. Memory counts weights, gradients and AdamW in fp32, "
         f"and an estimate of the activations. Time is what {runs} would take at the full speed of this machine's "
         f"{first.dtype} matrix products, {first.device_flops / 1e9:,.0f} GFLOP/s measured now: expect more.",
         "dim",
