@@ -128,8 +128,6 @@ def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
     for variant in variants:
         if variant not in VARIANTS:
             raise Misuse(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}")
-        if variants.count(variant) > 1:
-            raise Misuse(f"{variant} is in {path!r} more than once")
         result = replace(VARIANTS[variant](result), name=f"{result.name}+{variant}")
     values = dict(overrides)
     for part in filter(None, fields.split(",")):
