@@ -23,8 +23,8 @@ class Compete:
     response: Response | str = "l2"
     """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.RESPONSES`), or a function of outputs."""
     response_scale: Scale = "log"
-    """What makes responses comparable between experts; log takes responses above 0 (lengths are nearly log-normal), and
-    those of a function of your own that are not for nearly nothing."""
+    """What makes responses comparable between experts; log takes responses that are never negative (lengths are
+    nearly log-normal)."""
     balance_winners: float = 0.1
     """How fast an offset per expert moves against what it won, so that all win about equally often and the router
     learns a balanced choice: per step in which a layer competes and 100 % of wins above the mean, in mean standard

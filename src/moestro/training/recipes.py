@@ -5,7 +5,6 @@ single fields, `cartesian+parallel` is a variant, and flags override fields of e
 """
 
 from collections.abc import Callable
-from dataclasses import fields as fields_of
 from dataclasses import replace
 
 from moestro.errors import Misuse
@@ -112,7 +111,7 @@ VARIANTS: dict[str, Callable[[Recipe], Recipe]] = {
 """Applied by `recipe+variant`."""
 
 
-OF_COMPETITION = {f.name for f in fields_of(Competing)} - {"seed"}
+OF_COMPETITION = Competing.__dataclass_fields__.keys() - {"seed"}
 """Fields that only a recipe with competition has."""
 
 
@@ -134,10 +133,8 @@ def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
         key, equals, value = part.partition("=")
         if not equals:
             raise Misuse(f"an override must read field=value, got {part!r} in {spec!r}")
-        if "+" in value and value.partition("+")[2] in VARIANTS:
-            raise Misuse(
-                f"variants come before the colon, as in {name}+{value.partition('+')[2]}:{key}=..., got {spec!r}"
-            )
+        if (late := value.partition("+")[2]) in VARIANTS:
+            raise Misuse(f"variants come before the colon, as in {name}+{late}:{key}=..., got {spec!r}")
         values[key.strip()] = value.strip()
     needless = [key for key in values if result.compete is None and key in OF_COMPETITION]
     if needless:
