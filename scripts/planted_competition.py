@@ -236,8 +236,8 @@ COMPETITION = [
     ),
     Bug(
         "competition: LoRA on experts first read by the answers without graph",
-        "adapters/tap.py",
-        "    if tap.competitor is not None:\n        read_with_graph(self)\n",
+        "adapters/compete.py",
+        "        read_with_graph(tap.layer.experts)\n",
         "",
         "test_compete_families",
     ),

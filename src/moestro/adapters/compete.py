@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from moestro.adapters.ranks import over_ranks
 from moestro.adapters.tap import Rerouted, Tap
@@ -100,6 +100,7 @@ class Competitor:
         if not self.competes:
             return None
         token, filled, key = self.competing(batch)
+        read_with_graph(tap.layer.experts)
         response = responses(
             lambda part: tap.answers(part, None, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
         )
@@ -173,6 +174,17 @@ class Competitor:
             self.offset = torch.tensor(state["offset"], dtype=torch.float64, device=device)
             self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
+
+
+def read_with_graph(experts: nn.Module) -> None:
+    """Compute the weights that are made of others, before anything asks for them without graph.
+
+    PEFT keeps what its `target_parameters` make of a weight from its first reading to the end of the layer: where that
+    was by answers without graph, its LoRA would get no gradient from the pass itself.
+    """
+    for module in experts.modules():
+        for name in getattr(module, "parametrizations", ()):
+            getattr(module, name)
 
 
 def detached_at(

@@ -138,9 +138,12 @@ class LayerLosses:
 
     def count(self, record: LayerRecord, terms: dict[str, Tensor], share: Tensor) -> None:
         """Add this pass to the statistics of the optimiser step."""
-        self.load = added(self.load, choices(record.routing, record.batch, self.layer.num_experts))
+        load = choices(record.routing, record.batch, self.layer.num_experts)
+        self.load = added(self.load, load)
         if self.aux.bias_rate and self.layer.selection_bias is not None:
-            self.proposed = added(self.proposed, choices(record.proposed, record.batch, self.layer.num_experts))
+            rerouted = record.proposed is not record.routing
+            own = choices(record.proposed, record.batch, self.layer.num_experts) if rerouted else load
+            self.proposed = added(self.proposed, own)
         if self.aux.variance and self.aux.variance_over == "lagged" and "variance" in self.names:
             total, count = mean_scores(record)
             self.scores = added(self.scores, torch.cat([total, count[None]]))

@@ -182,8 +182,6 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
         return tap.run(hidden_states, top_k_index, top_k_weights, *args)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     batch = fitting(current.batch, hidden, of_inputs=tap.of_inputs)
-    if tap.competitor is not None:
-        read_with_graph(self)
     proposed, routing = tap.decide(batch, hidden, top_k_index, top_k_weights)
     competed = tap.compete(current, batch, hidden, proposed, *args)
     if competed is not None:
@@ -207,17 +205,6 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     )
     tap.report(current, record)
     return mixed
-
-
-def read_with_graph(experts: nn.Module) -> None:
-    """Compute the weights that are made of others, before anything asks for them without graph.
-
-    PEFT keeps what its `target_parameters` make of a weight from its first reading to the end of the layer: where that
-    was by answers without graph, its LoRA would get no gradient from the pass itself.
-    """
-    for module in experts.modules():
-        for name in getattr(module, "parametrizations", ()):
-            getattr(module, name)
 
 
 def fitting(batch: Batch, hidden: Float[Tensor, "tokens dim"], *, of_inputs: bool) -> Batch:
