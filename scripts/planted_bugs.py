@@ -14,11 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
 
 from planted_bug import Bug
-from planted_competition import COMPETITION
 
 ROOT = Path(__file__).parent.parent
 
@@ -582,14 +583,21 @@ BUGS = [
         "",
         "test_controls",
     ),
-    *COMPETITION,
 ]
+
+
+def every_bug() -> Iterator[Bug]:
+    """Yield the bugs of this file and those of every module beside it that is named `planted_AREA`."""
+    yield from BUGS
+    for path in sorted(Path(__file__).parent.glob("planted_*.py")):
+        if path.stem not in (Path(__file__).stem, "planted_bug"):
+            yield from import_module(path.stem).BUGS
 
 
 def plant(bug: Bug) -> tuple[bool, str]:
     """(caught?, what happened) for one bug."""
     with tempfile.TemporaryDirectory() as place:
-        for folder in ("src", "tests", "scripts", "docs"):
+        for folder in ("src", "tests", "scripts", "docs", "benchmarks", "examples"):
             shutil.copytree(ROOT / folder, Path(place) / folder, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", place)
         path = Path(place) / "src" / "moestro" / bug.file
@@ -613,7 +621,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="bugs whose name holds this text")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    bugs = [bug for bug in BUGS if options.only in bug.name]
+    bugs = [bug for bug in every_bug() if options.only in bug.name]
     start, survivors = time.perf_counter(), 0
     with ThreadPoolExecutor(options.jobs) as pool:
         for bug, (caught, what) in zip(bugs, pool.map(plant, bugs), strict=True):

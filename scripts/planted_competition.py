@@ -2,7 +2,7 @@
 
 from planted_bug import Bug
 
-COMPETITION = [
+BUGS = [
     Bug(
         "competition: the target keeps its graph",
         "losses/competition.py",
