@@ -4,7 +4,7 @@ import pytest
 
 from command_line import moestro
 from inspection_fixture import domains, save
-from moestro.report.text import visible
+from moestro.gate.visible import visible
 from test_report_browser import OpenReport, _quiet, browser, pytestmark
 
 __all__ = ["browser", "pytestmark"]  # a fixture, and the marks of every test here

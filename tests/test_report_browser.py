@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 
 from comparison_fixture import HOSTILE, hostile, make_comparison, swept
+from moestro.gate.visible import visible
 from moestro.report import write_report
-from moestro.report.text import visible
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

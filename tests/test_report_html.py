@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from comparison_fixture import HOSTILE, hostile, make_comparison
+from moestro.gate.visible import visible
 from moestro.report import render, write_report
-from moestro.report.text import visible
 
 
 class Page(HTMLParser):

@@ -5,8 +5,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from comparison_fixture import HOSTILE, hostile, make_comparison
+from moestro.gate.visible import visible
 from moestro.report import print_comparison
-from moestro.report.text import visible
 
 
 def _printed(comparison, width: int, encoding: str = "utf-8", **options) -> str:

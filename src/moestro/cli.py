@@ -17,6 +17,8 @@ from moestro.compare import plan as plan_comparison
 from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.preparation import PreparedData, prepare
 from moestro.errors import Misuse, TrainingFailed
+from moestro.gate.loading import load_model
+from moestro.gate.visible import one_line
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
 from moestro.listing import print_costs, print_plan, print_recipes
@@ -266,7 +268,9 @@ def inspect(
 
 def export(folder: Path) -> None:
     """Save the finished model of a run as its stock sibling."""
-    export_stock(MoestroForCausalLM.from_pretrained(folder / "model"), folder / "stock")
+    finished = str(folder / "model")
+    model = load_model(MoestroForCausalLM, finished, f"the finished model in {finished} cannot be read")
+    export_stock(model, folder / "stock")
 
 
 def slug(recipes: tuple[str, ...] | list[str]) -> str:
@@ -295,7 +299,7 @@ def main() -> None:
 
 def fail(message: str, code: int) -> None:
     """One line on stderr, and out."""
-    print(f"moestro: {message}", file=sys.stderr)
+    print(f"moestro: {one_line(message)}", file=sys.stderr)
     sys.stderr.flush()
     # Other threads (progress, data) must not turn a plain message into a traceback at exit.
     os._exit(code) if code == 130 else sys.exit(code)

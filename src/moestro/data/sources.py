@@ -16,6 +16,7 @@ from pathlib import Path
 
 from moestro.data.files import KNOWN_ENDINGS, NotText, ending_of, join_columns, no_column, read_rows, stem_of
 from moestro.errors import Misuse
+from moestro.gate.loading import load_rows
 
 logger = logging.getLogger(__name__)
 
@@ -131,18 +132,11 @@ def _walk(folder: Path, label: str | None) -> Iterator[_Found]:
 
 def _read_hub(source: Source) -> Iterator[Document]:
     """Rows of a data set, downloaded (or found in the local cache) by `datasets`."""
-    import datasets  # slow to import, and needed only here
-    from datasets.exceptions import DatasetsError
-
     name, config, split, *rest = [*source.place.removeprefix("hf:").split(":"), "", ""]
     if not name or any(rest):
         raise Misuse(f"a data set of the hub must read hf:NAME[:CONFIG[:SPLIT]], got {source.place!r}")
-    try:
-        rows = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise Misuse(f"{source.spec} cannot be loaded as a data set of the hub: {reason}") from error
-    assert isinstance(rows, datasets.Dataset)  # one named split
+    problem = f"{source.spec} cannot be loaded as a data set of the hub"
+    rows = load_rows(name, config or None, split or "train", problem)
     if not set(source.columns).issubset(rows.column_names):
         raise no_column(source.spec, source.columns, rows.column_names)
     for number, row in enumerate(rows.select_columns(list(source.columns)), start=1):

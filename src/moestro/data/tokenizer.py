@@ -2,15 +2,16 @@
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 from jaxtyping import Integer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from moestro.errors import Misuse
+from moestro.gate import loading
+from moestro.gate.paths import user_path
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|pad|>"
@@ -60,14 +61,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     Raises:
         Misuse: there is none, or it has no end-of-text token.
     """
-    place = Path(name_or_path).expanduser()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else name_or_path)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise Misuse(
-            f"tokenizer {name_or_path!r} must be a tokenizer's folder or name on the Hugging Face hub: {reason}"
-        ) from error
+    place = user_path(name_or_path)
+    problem = f"tokenizer {name_or_path!r} must be a tokenizer's folder or name on the Hugging Face hub"
+    tokenizer = loading.load_tokenizer(str(place) if place.exists() else name_or_path, problem)
     if tokenizer.eos_token_id is None:
         raise Misuse(f"tokenizer {name_or_path!r} must have an end-of-text token to join documents, got none")
     return tokenizer

@@ -4,7 +4,6 @@
 them. Code that a checkpoint brings along is never run.
 """
 
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,19 +14,26 @@ from typing import Any
 import psutil
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 import moestro.models  # noqa: F401 (registers our own family)
 from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import Misuse
+from moestro.gate.loading import (
+    check_folder,
+    load_adapter,
+    load_adapter_config,
+    load_config,
+    load_model,
+    one_misuse,
+    read_object,
+)
+from moestro.gate.paths import user_path
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError, SafetensorError)
-"""What transformers, safetensors and torch raise for a broken or missing file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +63,12 @@ def find(specs: Sequence[str]) -> list[Checkpoint]:
 
 def short_name(spec: str) -> str:
     """The last two parts of a path: "smoe/seed-0"."""
-    return "/".join(part for part in Path(spec).expanduser().parts[-2:] if part != "/") or spec
+    return "/".join(part for part in user_path(spec).parts[-2:] if part != "/") or spec
 
 
 def find_one(spec: str, name: str) -> Checkpoint:
     """One checkpoint by what the user typed."""
-    folder = Path(spec).expanduser()
+    folder = user_path(spec)
     if not folder.exists():
         if not is_hub_name(spec):
             raise Misuse(f"{spec} does not exist")
@@ -84,26 +90,26 @@ def is_hub_name(spec: str) -> bool:
 
 def base_of(adapter: Path) -> str:
     """The model that an adapter was trained on; a relative folder may be relative to the adapter's."""
-    try:
-        base = json.loads((adapter / ADAPTER).read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Misuse(f"{adapter / ADAPTER} must name its base_model_name_or_path: {said(error)}") from error
+    check_folder(adapter)
+    base = read_object(adapter / ADAPTER).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise Misuse(f"{adapter / ADAPTER} must name its base_model_name_or_path, got {base!r}")
-    if not Path(base).exists() and (adapter / base / CONFIG).exists():
-        return str(adapter / base)
-    if not Path(base).exists() and not is_hub_name(base):
-        raise Misuse(f"the base model of {adapter} does not exist: {base}")
-    return base
+    place = user_path(base)
+    if not place.exists():
+        place = user_path(adapter / base)
+    if not place.exists():
+        if not is_hub_name(base):
+            raise Misuse(f"the base model of {adapter} does not exist: {base}")
+        return base
+    if (place / ADAPTER).exists():
+        raise Misuse(f"the base model of {adapter} must be a model, got an adapter: {base}")
+    return str(place)
 
 
 def read_config(place: str, spec: str) -> PreTrainedConfig:
     """The config of a folder or of a name on the hub."""
-    try:
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except _UNREADABLE as error:
-        of = "" if place == spec else f" (the base of {spec})"
-        raise Misuse(f"{place}{of} must be a checkpoint's folder or name on the hub: {said(error)}") from error
+    of = "" if place == spec else f" (the base of {spec})"
+    return load_config(place, f"{place}{of} must be a checkpoint's folder or name on the hub")
 
 
 def model_class(checkpoint: Checkpoint) -> Any:
@@ -122,26 +128,23 @@ def model_class(checkpoint: Checkpoint) -> Any:
 def on_meta(checkpoint: Checkpoint, *, adapted: bool = True) -> nn.Module:
     """The model without its weights, built from the config; `adapted`: with its adapter."""
     kind = model_class(checkpoint)
-    try:
+    with one_misuse(f"{checkpoint.spec} cannot be built from its config"):
         with torch.device("meta"), no_init_weights():
             model = kind(checkpoint.config)
         model.tie_weights()
-    except _UNREADABLE as error:
-        raise Misuse(f"{checkpoint.spec} cannot be built from its config: {said(error)}") from error
     return adapt_on_meta(model, checkpoint) if adapted and checkpoint.adapter else model
 
 
 def adapt_on_meta(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
     """The model wrapped as its adapter says, ready to train on."""
     peft = import_peft(checkpoint)
-    try:
-        config = peft.PeftConfig.from_pretrained(checkpoint.adapter)
-        config.inference_mode = False
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # between PEFT and transformers
-            return peft.get_peft_model(model, config)
-    except _UNREADABLE as error:
-        raise Misuse(f"{checkpoint.spec} is no adapter for {checkpoint.place}: {said(error)}") from error
+    problem = f"{checkpoint.spec} is no adapter for {checkpoint.place}"
+    assert checkpoint.adapter is not None
+    config = load_adapter_config(checkpoint.adapter, problem)
+    config.inference_mode = False
+    with one_misuse(problem), torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # between PEFT and transformers
+        return peft.get_peft_model(model, config)
 
 
 def import_peft(checkpoint: Checkpoint) -> Any:
@@ -156,20 +159,21 @@ def import_peft(checkpoint: Checkpoint) -> Any:
 def load(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, tuple[str, ...]]:
     """The model with its weights, in evaluation mode, and notes on what its files hold beyond it."""
     check_memory(checkpoint, dtype, device)
-    try:
-        model, info = model_class(checkpoint).from_pretrained(
-            checkpoint.place,
-            dtype=dtype,
-            device_map={"": device},
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-        if checkpoint.adapter:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # between PEFT and transformers
-                model = import_peft(checkpoint).PeftModel.from_pretrained(model, checkpoint.adapter)
-    except _UNREADABLE as error:
-        raise Misuse(f"the weights of {checkpoint.spec} cannot be read: {said(error)}") from error
+    problem = f"the weights of {checkpoint.spec} cannot be read"
+    model, info = load_model(
+        model_class(checkpoint),
+        checkpoint.place,
+        problem,
+        dtype=dtype,
+        device_map={"": device},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    if checkpoint.adapter:
+        import_peft(checkpoint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # between PEFT and transformers
+            model = load_adapter(model, checkpoint.adapter, problem)
     if info["mismatched_keys"]:
         name, stored, built = sorted(info["mismatched_keys"])[0]
         raise Misuse(
@@ -213,8 +217,3 @@ def tokenizer_of(checkpoint: Checkpoint, given: str | None) -> PreTrainedTokeniz
         if not Path(place).exists() or any((Path(place) / name).exists() for name in TOKENIZER_FILES):
             return load_tokenizer(place)
     raise Misuse(f"{checkpoint.spec} has no tokenizer beside its weights: name one with --tokenizer")
-
-
-def said(error: BaseException) -> str:
-    """What a library said, on one line."""
-    return " ".join(str(error).split())[:240] or type(error).__name__

@@ -12,6 +12,7 @@ from moestro.adapters.applicability import LOSSES, lora_target, obstacle, traina
 from moestro.adapters.families import package
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.errors import Misuse
+from moestro.gate.loading import one_misuse
 from moestro.inspection.checkpoints import Checkpoint, on_meta
 from moestro.inspection.places import places
 from moestro.routing import MoELayer
@@ -78,10 +79,14 @@ class Finding:
 def describe(checkpoint: Checkpoint) -> Finding:
     """What a checkpoint is, without reading its weights; Misuse where it has no MoE layer that can be watched."""
     model = on_meta(checkpoint, adapted=False)
-    try:
-        layers = moe_layers(model)
-    except Misuse as error:
-        raise Misuse(f"{checkpoint.spec}: {error}") from error
+    with one_misuse(checkpoint.spec):
+        return finding(checkpoint, model, moe_layers(model))
+
+
+def finding(checkpoint: Checkpoint, model: nn.Module, layers: Sequence[MoELayer]) -> Finding:
+    """Say what a model is whose MoE layers are these."""
+    if not all(layer.num_experts for layer in layers):
+        raise Misuse("its MoE layers must have at least 1 expert, got 0")
     losses = tuple(loss_finding(loss, layers) for loss in (*LOSSES, "bias_rate"))
     total, idle = sum(p.numel() for p in model.parameters()), idle_parameters(layers)
     lora, class_name, blocks = lora_line(layers, model), type(model).__name__, number_of_blocks(layers, model)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from moestro.comparison import Comparison, CurvePoint, RecipeResult
-from moestro.report.text import plotly_label, shortened
+from moestro.gate.visible import shortened
+from moestro.report.text import plotly_label
 
 Figure = dict[str, Any]
 Curve = list[tuple[int | float, float]]  # (tokens or learning rate, loss)

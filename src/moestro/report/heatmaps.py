@@ -11,8 +11,9 @@ from itertools import pairwise
 from typing import Any
 
 from moestro.comparison import Comparison, LayerStatistics
+from moestro.gate.visible import shortened
 from moestro.report.curves import Figure, frame
-from moestro.report.text import plotly_label, shortened
+from moestro.report.text import plotly_label
 
 _LIMIT = 2.0  # powers of two
 _COLOURS = [

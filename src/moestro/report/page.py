@@ -15,8 +15,8 @@ import jinja2
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from moestro.gate.visible import visible
 from moestro.report.numbers import fixed, metric, signed
-from moestro.report.text import visible
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moestro.report.text import visible
+from moestro.gate.visible import visible
 
 _ASCII = str.maketrans({"−": "-", "±": "+-", "–": "-", "×": "x", "…": "...", "⟨": "<", "⟩": ">"})
 

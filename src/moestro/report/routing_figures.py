@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from moestro.gate.visible import shortened
 from moestro.inspection import Measured, RoutingStudy
 from moestro.report.curves import Figure, frame, series_colour
 from moestro.report.heatmaps import heat_map
 from moestro.report.measures import Measure
 from moestro.report.routing_robustness import robustness_figure
 from moestro.report.routing_summary import all_labels, by_label, study_measures
-from moestro.report.text import plotly_label, shortened
+from moestro.report.text import plotly_label
 
 _TICKS = 12
 _LONGEST_NAME = 40

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+from moestro.gate.visible import shortened
 from moestro.inspection import Measured, Robustness, RobustnessTest, RoutingStudy
 from moestro.report.curves import Figure, frame, series_colour
 from moestro.report.numbers import ABSENT, fixed, signed
 from moestro.report.routing_summary import Row
-from moestro.report.text import plotly_label, shortened
+from moestro.report.text import plotly_label
 
 Key = tuple[str, float, str]
 
