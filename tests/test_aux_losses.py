@@ -223,7 +223,7 @@ def test_bias_moves_against_the_load_between_steps_only():
         load = aux._layers[0].load
         assert load is not None
         aux.step()
-    expected = 0.01 * (load.mean() - load).sign()
+    expected = 0.01 * (load.mean() - load).sign().float()
     torch.testing.assert_close(layer.selection_bias, expected)
 
 

@@ -1,12 +1,21 @@
 """Which losses can do anything at which layer, and why not."""
 
+import logging
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from moestro.adapters.layers import inner_model
+from moestro.adapters.tap import Tap
+from moestro.competition import Compete
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
+
+if TYPE_CHECKING:
+    from moestro.adapters.aux_losses import AuxLosses
+
+logger = logging.getLogger(__name__)
 
 OF_OUTPUTS = frozenset({"orthogonality"})
 OF_SCORES = frozenset({"balance", "variance", "router_z", "distillation"})
@@ -69,3 +78,30 @@ def lora_target(layer: MoELayer, model: nn.Module) -> str | None:
         ".base_layer", ""
     )
     return f"{path.removeprefix(layer.block + '.')}.{attribute}"
+
+
+def refuse_what_cannot_work(aux: "AuxLosses", model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Raise Misuse for losses that are without effect; warn where they are so at some layers."""
+    wanted = [*aux.weights, *(["bias_rate"] if aux.bias_rate else [])]
+    for loss, names in applicable(wanted, layers).items():
+        logger.warning("%s is without effect at %d of %d layers: %s", loss, len(names), len(layers), names[0])
+    for loss in ("variance", "distillation"):
+        able = [layer for layer in layers if getattr(aux, loss) and obstacle(layer, loss) is None]
+        frozen = [layer for layer in able if not trainable(layer, model)]
+        if frozen:
+            target = lora_target(frozen[0], model)
+            how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
+            raise Misuse(f"{loss} moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
+
+
+def refuse_to_compete(compete: Compete | None, tap: Tap) -> None:
+    """Raise Misuse where experts are asked to compete and cannot."""
+    if compete is None:
+        return
+    if tap.original is not None:
+        raise Misuse(
+            "competition needs all experts of a layer in one place, and does not run with expert parallelism or "
+            f"other people's hooks: {tap.layer.name} has a forward of its own"
+        )
+    if compete.weights == "router" and compete.forward and tap.layer.scores is None:
+        raise Misuse(f"weights = router needs a router with scores, and that of {tap.layer.name} has none")

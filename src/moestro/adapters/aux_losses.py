@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from moestro.adapters.applicability import LOSSES, applicable, lora_target, obstacle, trainable
+from moestro.adapters.applicability import LOSSES, refuse_to_compete, refuse_what_cannot_work
+from moestro.adapters.attempt import Attempt
 from moestro.adapters.batch import TrainerBatch, share_of_sequences
 from moestro.adapters.compete import Competitor
-from moestro.adapters.layer_losses import LayerLosses
+from moestro.adapters.layer_losses import NOTHING_SEEN, LayerLosses
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.adapters.native import native_balance_off
-from moestro.adapters.tap import Pass, Tap
+from moestro.adapters.selection_bias import keep_with_adapter, warn_if_not_kept
+from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.competition import Compete
@@ -93,6 +95,11 @@ class AuxLosses:
     _watch: Watch | None = field(default=None, init=False, repr=False)
     _trainer: TrainerBatch | None = field(default=None, init=False, repr=False)
     _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _biases_due: bool = field(default=False, init=False, repr=False)
+    """Whether `_restored` holds selection biases that the model was not given yet."""
+    _saved_by: tuple[nn.Module, nn.Module] | None = field(default=None, init=False, repr=False)
+    """The model and what PEFT may have wrapped around it, until the first step."""
+    _attempt: Attempt = field(default_factory=lambda: Attempt([]), init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in (*LOSSES, "distillation_winners", "bias_rate", "warmup_steps"):
@@ -154,18 +161,22 @@ class AuxLosses:
         """Watch the model, and add the total to the loss that it returns unless a `trainer` does that."""
         if self._layers:
             raise Misuse("these AuxLosses are attached already: detach them first, or make a second AuxLosses")
-        model = inner_model(model)
+        outer, model = model, inner_model(model)
         handles = list(layers) if layers is not None else moe_layers(model)
-        self._refuse_what_cannot_work(model, handles)
+        refuse_what_cannot_work(self, model, handles)
         self._blocks = len({layer.block for layer in handles})
         self._layers = [LayerLosses(self, layer) for layer in handles]
+        self._attempt = Attempt(self._layers)
         if self.compete is not None:
             for index, state in enumerate(self._layers):
                 state.competitor = Competitor(
                     self.compete, state.layer, index, len(handles), diverse=self.diversity > 0
                 )
         if self._restored:
-            self.load_state_dict(self._restored)
+            self._load(self._restored, biases=self._biases_due)
+        if self.bias_rate:
+            keep_with_adapter(outer, handles)
+            self._saved_by = model, outer
         by_name = {state.layer.name: state for state in self._layers}
         listener = Listener(
             on_layer=lambda layer: by_name[layer.name].consume,
@@ -180,7 +191,7 @@ class AuxLosses:
                 stack.enter_context(native_balance_off(model))
             watching = stack.enter_context(watch(model, listener, handles))
             for tap in watching.taps:
-                self._refuse_to_compete(tap)
+                refuse_to_compete(self.compete, tap)
                 tap.competitor = by_name[tap.layer.name].competitor
                 stack.callback(setattr, tap, "competitor", None)
             for state in self._layers:
@@ -188,30 +199,11 @@ class AuxLosses:
             self._watch, self._trainer = watching, trainer
             yield watching
 
-    def _refuse_what_cannot_work(self, model: nn.Module, layers: Sequence[MoELayer]) -> None:
-        wanted = [*self.weights, *(["bias_rate"] if self.bias_rate else [])]
-        for loss, names in applicable(wanted, layers).items():
-            logger.warning("%s is without effect at %d of %d layers: %s", loss, len(names), len(layers), names[0])
-        for loss in ("variance", "distillation"):
-            able = [layer for layer in layers if getattr(self, loss) and obstacle(layer, loss) is None]
-            frozen = [layer for layer in able if not trainable(layer, model)]
-            if frozen:
-                target = lora_target(frozen[0], model)
-                how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
-                raise Misuse(f"{loss} moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
-
-    def _refuse_to_compete(self, tap: Tap) -> None:
-        if self.compete is None:
-            return
-        if tap.original is not None:
-            raise Misuse(
-                "competition needs all experts of a layer in one place, and does not run with expert parallelism or "
-                f"other people's hooks: {tap.layer.name} has a forward of its own"
-            )
-        if self.compete.weights == "router" and self.compete.forward and tap.layer.scores is None:
-            raise Misuse(f"weights = router needs a router with scores, and that of {tap.layer.name} has none")
-
     def _begin(self, current: Pass, inputs: dict[str, Any]) -> None:
+        if self._trainer is None:
+            self._attempt.begin()
+        elif not self._trainer.computes_loss:
+            return  # somebody else's pass: its loss is not the trainer's
         if not current.training:
             return
         if self.balance and inputs.get("output_router_logits"):
@@ -230,7 +222,9 @@ class AuxLosses:
             state.terms = {}
 
     def _end(self, current: Pass, output: Any) -> None:
-        if current.training:
+        if self._trainer is None:
+            self._attempt.end()
+        if current.share is not None:
             assert self._watch is not None
             self.firings = {tap.layer.name: tap.firings for tap in self._watch.taps}
             self._passes.append([state.terms for state in self._layers])
@@ -276,27 +270,57 @@ class AuxLosses:
                     return f"{name} is {value.item()} at {state.layer.name}"
         return "the sum of the auxiliary losses is not finite"
 
+    @contextmanager
+    def micro_batch(self, trainer: TrainerBatch) -> Iterator[None]:
+        """Let the passes until the context ends count as one micro-batch of `trainer`; others do not count."""
+        self._passes = []  # of a loss that was never computed
+        with self._attempt.of_trainer(trainer):
+            yield
+
+    def discard(self) -> None:
+        """Forget all passes since the last step: call it instead of `step` if the optimiser's step was skipped.
+
+        A step is skipped by a gradient scaler that met an infinite gradient, or by a loop that ran out of memory and
+        begins the batch again. What was thrown away must not count in lagged statistics, biases or competition.
+        """
+        for state in self._layers:
+            state.go_back_to(NOTHING_SEEN)
+        self._passes = []
+        self._attempt.end()
+
     def step(self) -> None:
         """Call after each optimiser step: its statistics become the lagged ones, and selection biases move."""
         if self._passes and self.weights:
             raise Misuse("with add_to_loss=False add aux.total() to the loss after each forward pass")
         if self._layers and all(state.load is None for state in self._layers):
             raise Misuse("no training pass was seen since the last step: call the model that AuxLosses are attached to")
+        if self._saved_by is not None:
+            warn_if_not_kept(*self._saved_by)
+            self._saved_by = None
         for state in self._layers:
             state.step()
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, as plain numbers (selection biases are part of the model)."""
+        """Return what a resumed run needs, as plain numbers; selection biases in fp32, whatever the model keeps."""
         layers = {state.layer.name: state.state() for state in self._layers} or self._restored.get("layers", {})
         return {"steps": self.steps, "layers": layers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`, before or after attaching."""
+        """Restore `state_dict`, before or after attaching; the model gets the selection biases in it."""
+        self._load(state, biases=True)
+
+    def restart_from(self, state: dict[str, Any]) -> None:
+        """Restore `state_dict` without its selection biases: the model keeps its own, as it keeps its weights."""
+        self._load(state, biases=False)
+
+    def _load(self, state: dict[str, Any], *, biases: bool) -> None:
+        """Restore `state_dict`; without `biases` those of the model stay, though they may be rounded."""
         self._restored, self.steps = state, state["steps"]
+        self._biases_due = biases and not self._layers
         for layer in self._layers:
-            layer.load_state(state["layers"].get(layer.layer.name, {}))
+            layer.load_state(state["layers"].get(layer.layer.name, {}), biases=biases)
 
     def _forget(self) -> None:
-        self._restored = self.state_dict()
-        self._layers, self._passes, self._watch, self._trainer = [], [], None, None
+        self._restored, self._biases_due = self.state_dict(), False
+        self._layers, self._passes, self._watch, self._trainer, self._attempt = [], [], None, None, Attempt([])

@@ -18,6 +18,8 @@ class TrainerBatch:
     items: Tensor | int | None = None
     """Label tokens over all micro-batches and ranks; None where sequences count alike and micro-batches are averaged
     (DPO, GRPO)."""
+    computes_loss: bool = False
+    """Whether the trainer's `compute_loss` runs: passes outside it are no part of the batch."""
 
 
 def describe(inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_labels: bool = True) -> Batch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from moestro.adapters.applicability import LOSSES, OF_COMPETITION, OF_WEIGHTS, obstacle
 from moestro.adapters.compete import Competitor
 from moestro.adapters.ranks import over_ranks
-from moestro.balance import next_bias
+from moestro.adapters.selection_bias import SelectionBias
 from moestro.losses import (
     PerSequence,
     balance_against,
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
     from moestro.adapters.watch import Watch
 
 
+Seen = tuple[Tensor | None, ...]
+"""What a layer saw since the last optimiser step."""
+
+NOTHING_SEEN: Seen = (None,) * 5
+
+
 class LayerLosses:
     """One layer's losses in the current pass, and its statistics of the current and the previous optimiser step.
 
@@ -43,6 +49,7 @@ class LayerLosses:
         self.aux, self.layer = aux, layer
         self.watch: Watch | None = None
         self.names = [name for name in LOSSES if getattr(aux, name) and obstacle(layer, name) is None]
+        self.bias = SelectionBias(layer) if aux.bias_rate and layer.bias_at is not None else None
         self.terms: dict[str, Tensor] = {}
         """This pass's losses, each weighted over sequences, with their graph."""
         self.load: Tensor | None = None
@@ -138,11 +145,11 @@ class LayerLosses:
 
     def count(self, record: LayerRecord, terms: dict[str, Tensor], share: Tensor) -> None:
         """Add this pass to the statistics of the optimiser step."""
-        load = choices(record.routing, record.batch, self.layer.num_experts)
+        load = choices(record.routing, record.batch, self.layer.num_experts).double()  # beyond 2^24, fp32 loses ones
         self.load = added(self.load, load)
-        if self.aux.bias_rate and self.layer.selection_bias is not None:
+        if self.bias is not None:
             rerouted = record.proposed is not record.routing
-            own = choices(record.proposed, record.batch, self.layer.num_experts) if rerouted else load
+            own = choices(record.proposed, record.batch, self.layer.num_experts).double() if rerouted else load
             self.proposed = added(self.proposed, own)
         if self.aux.variance and self.aux.variance_over == "lagged" and "variance" in self.names:
             total, count = mean_scores(record)
@@ -158,6 +165,17 @@ class LayerLosses:
             return 1.0
         return 0.0 if self.scales is None else self.scales[index]
 
+    def seen(self) -> Seen:
+        """Return what was seen since the last optimiser step. Tensors are replaced, so nothing needs a copy."""
+        responses = None if self.competitor is None else self.competitor.sums
+        return self.load, self.proposed, self.scores, self.sizes, responses
+
+    def go_back_to(self, seen: Seen) -> None:
+        """Forget what was seen after `seen`."""
+        self.load, self.proposed, self.scores, self.sizes, responses = seen
+        if self.competitor is not None:
+            self.competitor.sums = responses
+
     @torch.no_grad()
     def step(self) -> None:
         """The optimiser has stepped: this step's statistics become the previous one's, and the selection bias moves."""
@@ -166,12 +184,10 @@ class LayerLosses:
         if self.load is None:
             return
         load, self.load = over_ranks(self.load), None
-        self.lagged_load = load / load.sum().clamp_min(1)
-        if self.proposed is not None and self.layer.selection_bias is not None:
-            # Ernie's bias is [1, experts]; Zaya's has one more entry, for skipping a layer, which stays.
-            bias = self.layer.selection_bias.view(-1)[: self.layer.num_experts]
+        self.lagged_load = (load / load.sum().clamp_min(1)).float()
+        if self.proposed is not None and self.bias is not None:
             proposed, self.proposed = over_ranks(self.proposed), None
-            bias.copy_(next_bias(bias, proposed, self.aux.bias_rate))
+            self.bias.move(proposed, self.aux.bias_rate)
         if self.scores is not None:
             scores, self.scores = over_ranks(self.scores), None
             self.lagged_mean = scores[:-1] / scores[-1].clamp_min(1)
@@ -182,13 +198,17 @@ class LayerLosses:
     def state(self) -> dict[str, list]:
         """What a resumed run needs, as plain numbers (floats survive JSON exactly)."""
         kept = {"load": self.lagged_load, "mean": self.lagged_mean, "scales": self.scales}
+        if self.bias is not None:
+            kept["bias"] = self.bias.master
         if self.competitor is not None:
             kept |= self.competitor.state()
         return {name: value.tolist() for name, value in kept.items() if value is not None}
 
-    def load_state(self, state: dict[str, list]) -> None:
-        """Restore `state`."""
+    def load_state(self, state: dict[str, list], *, biases: bool) -> None:
+        """Restore `state`; `biases`: the model's selection bias too."""
         device = next(self.layer.router.parameters()).device
+        if self.bias is not None and "bias" in state:
+            self.bias.restore(state["bias"], into_model=biases)
         if self.competitor is not None:
             self.competitor.resume(state, self.aux.steps, device)
         self.lagged_load, self.lagged_mean, self.scales = (

@@ -15,13 +15,18 @@ from moestro.routing import MoELayer, Routing
 
 def inner_model(model: nn.Module) -> nn.Module:
     """The model of transformers inside what data parallelism, torch.compile and PEFT wrap around it."""
+    while callable(getattr(model := unwrapped(model), "get_base_model", None)):
+        model = model.get_base_model()  # type: ignore[operator]
+    return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what data parallelism and torch.compile wrap around it, PEFT's wrapper left on."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
-        elif callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()  # type: ignore[operator]
         else:
             return model
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
@@ -35,7 +36,8 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
         }
         scaled = is_scaled(trainer, num_items_in_batch)
         watching.withheld, batch.items = withheld, num_items_in_batch if scaled else None
-        result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        with aux.micro_batch(batch):
+            result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         if (total := aux.total()) is None:
             if aux.weights and model.training and torch.is_grad_enabled():
                 raise Misuse("the model's passes go unseen: attach before torch.compile, not after it")
@@ -50,7 +52,8 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
         return result + total
 
     class AuxLossesState(State):
-        losses = aux  # of the class: the Trainer may make an instance anew when it resumes
+        # Of the class: the Trainer may make an instance anew when it resumes.
+        losses, accelerator = aux, trainer.accelerator
 
     batch = TrainerBatch()
     with ExitStack() as stack:
@@ -97,17 +100,52 @@ class State(TrainerCallback, ExportableState):
     """Steps the losses with the optimiser, and keeps their state in the trainer's checkpoints (trainer_state.json)."""
 
     losses: "AuxLosses"
+    accelerator: Accelerator
+    scale = 0.0
+    """The gradient scaler's factor before the optimiser's step."""
+    begun: dict[str, Any] | None = None
+    """The losses' state at the beginning of training that has not ended yet."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Note the gradient scaler's factor, which falls if the step is skipped."""
+        if (scaler := self.accelerator.scaler) is not None:
+            self.scale = scaler.get_scale()
+
+    def skipped(self) -> bool:
+        """Return whether the optimiser's last step was skipped; accelerate does not see it if Adam is fused."""
+        scaler = self.accelerator.scaler
+        return self.accelerator.optimizer_step_was_skipped or (scaler is not None and scaler.get_scale() < self.scale)
 
     def state(self) -> dict[str, Any]:
         """What transformers saves."""
         return {"args": {}, "attributes": self.losses.state_dict()}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer. Where training resumes from a checkpoint, the state saved with it is restored."""
+        """Restore the state that was saved with the checkpoint if training resumes from one.
+
+        If training begins anew after an attempt that broke off (out of memory, with `auto_find_batch_size`), its steps
+        count no more than for the Trainer; only selection biases stay, as weights do.
+        """
+        self.losses.discard()
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if isinstance(saved, dict) and "layers" in saved["attributes"]:
+        resumed = state.global_step > 0 and isinstance(saved, dict) and "layers" in saved["attributes"]
+        if resumed:
             self.losses.load_state_dict(saved["attributes"])
+        elif type(self).begun is not None:
+            self.losses.restart_from(type(self).begun)
+        type(self).begun = self.losses.state_dict()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the state for training that goes on from here."""
+        type(self).begun = None
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forget passes that are no part of the coming step."""
+        self.losses.discard()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
-        self.losses.step()
+        """Step the losses, unless the optimiser did not: a gradient scaler skips steps with infinite gradients."""
+        if self.skipped():
+            self.losses.discard()
+        else:
+            self.losses.step()
