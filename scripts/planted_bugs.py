@@ -599,7 +599,8 @@ def plant(bug: Bug) -> tuple[bool, str]:
     with tempfile.TemporaryDirectory() as place:
         for folder in ("src", "tests", "scripts", "docs", "benchmarks", "examples"):
             shutil.copytree(ROOT / folder, Path(place) / folder, ignore=shutil.ignore_patterns("__pycache__"))
-        shutil.copy(ROOT / "pyproject.toml", place)
+        for file in ("pyproject.toml", "README.md"):
+            shutil.copy(ROOT / file, place)
         path = Path(place) / "src" / "moestro" / bug.file
         text = path.read_text()
         if text.count(bug.right) != 1:

@@ -63,7 +63,7 @@ SAID = {
         "layer 1: 8 experts, 2 per token, softmax\n",
         "layer 2: 16 experts, 2 per token, softmax",
         "own balance loss no",
-        "aux = moestro.AuxLosses(balance=1e-2, orthogonality=1e-3, variance=1e-3)",
+        "aux = moestro.AuxLosses(balance=1e-2, orthogonality=0.1, variance=0.1)",
     ],
 }
 

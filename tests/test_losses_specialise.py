@@ -656,7 +656,7 @@ def test_misuse():
     mean = torch.full((4,), 0.25)
     hashed = replace(case.record, routing=replace(case.record.routing, scores=None))
     wrong: dict[str, Callable] = {
-        "form must be one of projection, cosine, weighted, span, got 'angle'": lambda: losses.orthogonality(
+        "form must be one of cosine, weighted, projection, span, got 'angle'": lambda: losses.orthogonality(
             case.record, "angle"
         ),
         "eps must be above 0, got 0.0": lambda: losses.orthogonality(case.record, "projection", eps=0.0),

@@ -55,7 +55,7 @@ def orthogonality(seen: Seen, row: list[int]) -> Tensor:
     total = seen.hidden.new_zeros(())
     for t in row:
         outputs = [one_expert(seen.layer.experts, e, seen.hidden[t]) for e in edges(seen, t)]
-        total = total + reference.overlap(outputs, form="projection")
+        total = total + reference.overlap(outputs, form="cosine")
     return total / len(row)
 
 

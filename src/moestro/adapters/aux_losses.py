@@ -54,7 +54,9 @@ class AuxLosses:
     balance: float = 0.0
     balance_over: Over = "sequence"
     orthogonality: float = 0.0
-    orthogonality_form: OrthogonalityForm = "projection"
+    orthogonality_form: OrthogonalityForm = "cosine"
+    """cosine and weighted are blind to the length of outputs. projection (the paper's) and span are in squared units of
+    it: use them with scaling = relative, as the paper does."""
     variance: float = 0.0
     variance_over: Over = "lagged"
     variance_form: VarianceForm = "column"

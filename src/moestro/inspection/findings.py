@@ -17,8 +17,8 @@ from moestro.inspection.checkpoints import Checkpoint, on_meta
 from moestro.inspection.places import places
 from moestro.routing import MoELayer
 
-SUGGESTED = {"balance": "1e-2", "orthogonality": "1e-3", "variance": "1e-3"}
-"""Losses to begin with, and their weights."""
+SUGGESTED = {"balance": "1e-2", "orthogonality": "0.1", "variance": "0.1"}
+"""Losses to begin with, and their weights: those of README, and of `+specialise`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from moestro.losses.per_sequence import PerSequence, full_precision, sum_per_seq
 from moestro.losses.scores import renormalised, slot_scores
 from moestro.routing import LayerRecord, chosen
 
-OrthogonalityForm = Literal["projection", "cosine", "weighted", "span"]
+OrthogonalityForm = Literal["cosine", "weighted", "projection", "span"]
 
 RIDGE = 1e-5
 """Added to each squared length in the span form, relative to that length: fp32 resolves cosines to about 1e-7."""
@@ -23,15 +23,18 @@ def orthogonality(record: LayerRecord, form: OrthogonalityForm, eps: float = 1e-
 
     With G_jk = <y_j, y_k> each token contributes a sum over ordered pairs j != k of its edges, or over its edges j:
 
-    * projection: ||G_jk / (G_kk + eps) y_k||^2 = (G_jk / (G_kk + eps))^2 G_kk, the paper's. It tends to
-      ||y_j||^2 cos^2(y_j, y_k) for small eps, so experts can lower it by shrinking.
     * cosine: cos^2(y_j, y_k), blind to length; 0 for a zero vector.
     * weighted: s_j s_k cos^2(y_j, y_k) with the slots' scores, or |weight| over its sum where the router learns none.
       Scores are detached: the router does not see this loss.
+    * projection: ||G_jk / (G_kk + eps) y_k||^2 = (G_jk / (G_kk + eps))^2 G_kk, the paper's. It tends to
+      ||y_j||^2 cos^2(y_j, y_k) for small eps, so experts can lower it by shrinking.
     * span: squared length of y_j's projection on the span of the token's other outputs, g' (G' + RIDGE diag G')^-1 g
       with G' the others' Gram matrix and g their products with y_j. Without the ridge that is G_jj - 1 / (G^-1)_jj.
 
-    0 where a token has one expert. `eps` is used by projection alone.
+    0 where a token has one expert. `eps` is used by projection alone. cosine and weighted are blind to the units of the
+    hidden state. projection and span are in squared units of it: a weight for outputs of length 1 is 10^4 times as
+    large for outputs of length 100, which real models have, and a few tokens of length 10^4 decide all of it. Their
+    weight makes sense where the loss is brought to the size of another one first, as the paper does it.
 
     Paper: Guo et al. 2025, arXiv:2505.22323, Eq. 6.
     Departs from the paper: averaged over tokens, where its sum grows with their number. cosine and weighted are ours;

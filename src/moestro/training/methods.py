@@ -11,7 +11,7 @@ from moestro.training.recipe import Competing, Recipe, fields_of
 def specialise(recipe: Recipe) -> Recipe:
     """Outputs of a token's experts orthogonal, routing decided: both losses at 0.1, orthogonality by cosines."""
     need_experts(recipe, "specialise")
-    losses = replace(recipe.losses, orthogonality=0.1, orthogonality_form="cosine", variance=0.1)
+    losses = replace(recipe.losses, orthogonality=0.1, variance=0.1)
     return replace(recipe, losses=losses, description=f"{recipe.description}; specialised")
 
 

@@ -68,7 +68,7 @@ class Losses:
     balance: float = 0.0
     balance_over: Literal["sequence", "batch", "lagged"] = "lagged"
     orthogonality: float = 0.0
-    orthogonality_form: Literal["projection", "cosine", "weighted", "span"] = "projection"
+    orthogonality_form: Literal["cosine", "weighted", "projection", "span"] = "cosine"
     variance: float = 0.0
     variance_over: Literal["sequence", "batch", "lagged"] = "lagged"
     variance_form: Literal["column", "row"] = "column"
