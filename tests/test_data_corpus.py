@@ -2,6 +2,7 @@ import hashlib
 import logging
 import sys
 import types
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moestro.data import standard_library
-from moestro.data.corpus import WINDOW, Corpus, load_corpus, split_documents
+from moestro.data.corpus import Corpus, load_corpus, split_documents
 from moestro.data.sources import Document
+from moestro.data.spool import WINDOW
 from moestro.errors import Misuse
 
 
@@ -23,11 +25,15 @@ def numbered(count: int, domain: str = "prose") -> list[Document]:
     return [document(f"document {number} of {domain}\n", domain) for number in range(count)]
 
 
-def texts(documents: tuple[Document, ...], domain: str | None = None) -> list[str]:
+def contents(corpus: Corpus) -> tuple:
+    return tuple(corpus.train), corpus.held_out, corpus.hash, corpus.left_out, corpus.leaked
+
+
+def texts(documents: Iterable[Document], domain: str | None = None) -> list[str]:
     return [document.text for document in documents if domain in (None, document.domain)]
 
 
-def num_bytes(documents: tuple[Document, ...]) -> int:
+def num_bytes(documents: Iterable[Document]) -> int:
     return sum(len(document.text.encode()) for document in documents)
 
 
@@ -45,7 +51,7 @@ def test_a_documents_side_does_not_depend_on_the_other_documents():
 
 @given(st.permutations(numbered(30, "a") + numbered(25, "b")))
 def test_the_order_of_reading_changes_nothing(documents: list[Document]):
-    assert split_documents(documents) == split_documents(numbered(25, "b") + numbered(30, "a"))
+    assert contents(split_documents(documents)) == contents(split_documents(numbered(25, "b") + numbered(30, "a")))
 
 
 def test_domains_are_mixed_in_the_order_of_training():
@@ -107,14 +113,14 @@ def test_windows_put_together_are_the_text(separator: str):
 def test_windows_of_white_space_are_dropped():
     corpus = split_documents([document("\n" * 30_000 + "the end")])
     assert "".join(texts(corpus.train)).strip() == "the end"
-    assert len(corpus.train) == 1
+    assert len(list(corpus.train)) == 1
 
 
 def test_windows_of_a_long_document_stay_on_its_side():
     novels = [document("".join(f"{n}: {line}\n" for line in range(20_000)), "novels") for n in range(40)]
     corpus = split_documents(novels, held_out_fraction=0.2, max_held_out_bytes=10**9)
     titles = [{window.text.split(":")[0] for window in side} for side in (corpus.train, corpus.held_out)]
-    assert len(corpus.train) > len(titles[0])
+    assert len(list(corpus.train)) > len(titles[0])
     assert len(titles[1]) > 1
     assert len(titles[0] | titles[1]) == 40
     assert not titles[0] & titles[1]
@@ -219,7 +225,7 @@ def test_missing_domains_are_said(small_library: Path, monkeypatch: pytest.Monke
 def test_this_interpreters_own_library_is_the_same_twice():
     first, second = load_corpus(max_bytes=50_000), load_corpus(max_bytes=50_000)
     assert isinstance(first, Corpus)
-    assert first == second
+    assert contents(first) == contents(second)
     assert "library" in first.domains
     assert set(first.domains).isdisjoint(first.missing)
     digest = hashlib.sha256("".join(texts(first.train)).encode()).hexdigest()

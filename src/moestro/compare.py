@@ -15,6 +15,7 @@ from rich.console import Console
 
 import moestro
 from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run, Sweep
+from moestro.data.decontamination import overlap_notes
 from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse, TrainingFailed
 from moestro.models.counting import count_parameters
@@ -266,6 +267,7 @@ def describe_data(data: PreparedData) -> Data:
     domains = data.description["domains"]
     held = [domain["held_out"] for domain in domains.values()]
     missing = data.description["missing_domains"]
+    missing_notes = [f"the domain {name} is missing on this machine" for name in missing]
     return Data(
         sources=tuple(data.description["sources"]),
         hash=data.hash,
@@ -274,5 +276,6 @@ def describe_data(data: PreparedData) -> Data:
         held_out_tokens=sum(domain["tokens"] for domain in held),
         held_out_bytes=sum(domain["bytes"] for domain in held),
         held_out_documents=sum(domain["documents"] for domain in held),
-        notes=tuple(f"the domain {name} is missing on this machine" for name in missing),
+        overlap=data.description["overlap"],
+        notes=(*missing_notes, *overlap_notes(data.description)),
     )

@@ -44,6 +44,8 @@ class Data:
     held_out_tokens: int
     held_out_bytes: int
     held_out_documents: int
+    overlap: float | None = None
+    """Share of held-out characters in passages of 200 or more that training text has too. None in older records."""
     notes: tuple[str, ...] = ()
     """What the reader must know, such as a domain that is missing on this machine."""
 

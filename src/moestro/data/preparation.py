@@ -3,7 +3,8 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,16 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from moestro.data import standard_library
 from moestro.data.cache import cached_folder, default_cache_dir
 from moestro.data.corpus import HELD_OUT_FRACTION, MAX_HELD_OUT_BYTES, Corpus, load_corpus
+from moestro.data.decontamination import overlap_notes
 from moestro.data.packing import PackedRows, write_stream
 from moestro.data.progress import watched
 from moestro.data.sources import Document
 from moestro.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
 from moestro.errors import Misuse
 
-LAYOUT = 1  # raise when what is written to the cache, or how it is computed, changes
+logger = logging.getLogger(__name__)
+
+LAYOUT = 2  # raise when what is written to the cache, or how it is computed, changes
 TOKENIZER_TEXT = 16 * 1024 * 1024  # characters of train text that a tokenizer is trained on
 _BATCH = 512  # documents tokenised at once
 
@@ -86,13 +90,16 @@ def prepare(
         _open(folder, side, sequence_length, block_diagonal, sources) for side in ("train", "held_out")
     ]
     used = load_tokenizer(str(folder / "tokenizer")) if isinstance(given, int) else given
+    description = _describe(sources, corpus, tokenizer, used, rows)
+    for note in overlap_notes(description):
+        logger.warning("%s", note)
     return PreparedData(
         train=train,
         held_out=held_out,
         tokenizer=used,
         domains=corpus.domains,
         hash=key,
-        description=_describe(sources, corpus, tokenizer, used, rows),
+        description=description,
         gzip_bits_per_byte=json.loads((folder / "gzip.json").read_text()),
         held_out_bytes=held_out.document_bytes,
         held_out_domain=held_out.document_domain,
@@ -127,11 +134,12 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _build(folder: Path, corpus: Corpus, tokenizer: PreTrainedTokenizerBase | int) -> None:
     """Fill a cache folder: both streams of tokens, gzip's figures, and the tokenizer if it is trained here."""
+    train = tuple(corpus.train)
     if isinstance(tokenizer, int):
-        tokenizer = train_tokenizer(_training_text(corpus.train), tokenizer)
+        tokenizer = train_tokenizer(_training_text(train), tokenizer)
         tokenizer.save_pretrained(folder / "tokenizer")
-    check_tokenizer(tokenizer, [document.text for document in (*corpus.train, *corpus.held_out)])
-    for side, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+    check_tokenizer(tokenizer, [document.text for document in (*train, *corpus.held_out)])
+    for side, documents in (("train", train), ("held_out", corpus.held_out)):
         write_stream(
             folder / side,
             list(_tokenise(tokenizer, documents)),
@@ -180,9 +188,16 @@ def _describe(
         "sources": list(sources) or [standard_library.NAME],
         "corpus_hash": corpus.hash,
         "domains": {
-            domain: {"train": counts[0][i], "held_out": counts[1][i], "left_out_bytes": corpus.left_out[domain]}
+            domain: {
+                "train": counts[0][i],
+                "held_out": counts[1][i],
+                "left_out_bytes": corpus.left_out[domain],
+                "shared_bytes": corpus.shared[domain],
+                "overlap": _share([corpus.leaked.get(domain, (0, 0))]),
+            }
             for i, domain in enumerate(corpus.domains)
         },
+        "overlap": _share(corpus.leaked.values()),
         "missing_domains": list(corpus.missing),
         "duplicates_dropped": corpus.duplicates,
         "tokenizer": {
@@ -191,6 +206,12 @@ def _describe(
             "end_of_text": tokenizer.eos_token,
         },
     }
+
+
+def _share(counts: Iterable[tuple[int, int]]) -> float:
+    """Held-out characters in passages of 200 or more that training text has too, as a share of all."""
+    leaked, characters = np.sum([(0, 0), *counts], axis=0).tolist()
+    return leaked / max(characters, 1)
 
 
 def _count(packed: PackedRows, num_domains: int) -> list[dict[str, int]]:

@@ -46,7 +46,13 @@ def held_out(comparison: Comparison) -> str:
     d = comparison.data
     domains = len({name for recipe in comparison.recipes for run in recipe.runs for name in run.held_out.domains})
     size = f"{metric(d.held_out_tokens)} tokens of {_counted(d.held_out_documents, 'document')}"
-    return f"Measured on held-out text: {size} in {_counted(domains, 'domain')} that no run has seen."
+    measured = f"Measured on held-out text: {size} in {_counted(domains, 'domain')} that no run has seen."
+    return measured if d.overlap is None else f"{measured} {overlap(d.overlap)}"
+
+
+def overlap(share: float) -> str:
+    """How much of the held-out text stands in training text."""
+    return f"{100 * share:.2f} % of it stands in training text too, in passages of 200 characters or more."
 
 
 def sweep(comparison: Comparison) -> str:

@@ -1,0 +1,154 @@
+"""Documents on disk: read once in any order, then gone through again and again in the order of their fingerprints.
+
+Texts lie one after the other in one file. An SQLite table holds a few bytes of each, sorted as they come: it drops
+duplicates and shuffles text of any size in bounded memory.
+"""
+
+import hashlib
+import os
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from moestro.data.sources import Document
+
+WINDOW = 64 * 1024  # characters; a longer document is cut at line ends
+MIN_WINDOW = 1024
+FEW_DOCUMENTS = 20  # below this a split by whole documents has no use
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA cache_size = -32768;
+CREATE TABLE documents (fingerprint BLOB PRIMARY KEY, domain TEXT, place INT, size INT, source TEXT) WITHOUT ROWID;
+CREATE TABLE pieces (fingerprint BLOB, domain TEXT, key BLOB, place INT, size INT, source TEXT,
+                     PRIMARY KEY (fingerprint, domain)) WITHOUT ROWID;
+"""
+_ADD_PIECE = """
+INSERT INTO pieces VALUES (?, ?, ?, ?, ?, ?)
+ON CONFLICT DO UPDATE SET key = min(key, excluded.key)
+"""  # of equal windows the one with the smaller key stays, whichever was read first
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a window of a long one: what is sampled and ordered."""
+
+    fingerprint: bytes  # hash of its text
+    domain: str
+    key: bytes  # decides its side: the fingerprint of the document whose side it shares
+    place: int  # in the file of texts
+    size: int  # bytes
+    source: str
+
+
+class Spool:
+    """Documents of `add`, each text once over all domains; the first one read stays. `finish` comes after the last."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        if folder is None:
+            self._temporary = TemporaryDirectory(prefix="moestro-")  # goes when the spool goes
+            folder = Path(self._temporary.name)
+        self._texts = (folder / "texts").open("a+b")
+        self._end = 0
+        self._index = sqlite3.connect(folder / "index.sqlite")
+        self._index.executescript(_TABLES)
+        self._characters: Counter[str] = Counter()
+        self._documents: Counter[str] = Counter()
+        self.duplicates = 0
+
+    def add(self, document: Document) -> None:
+        """Take one document in, unless its text is there already."""
+        data = document.text.encode()
+        key = fingerprint(data)
+        row = (key, document.domain, self._end, len(data), document.source)
+        if self._index.execute("INSERT OR IGNORE INTO documents VALUES (?, ?, ?, ?, ?)", row).rowcount == 0:
+            self.duplicates += 1
+            return
+        self._texts.write(data)
+        self._documents[document.domain] += 1
+        self._characters[document.domain] += len(document.text)
+        self._add_pieces(document, self._end, WINDOW, key)
+        self._end += len(data)
+
+    def finish(self) -> None:
+        """Cut the domains of few documents into windows and write everything out."""
+        self._texts.flush()
+        for domain, count in self._documents.items():
+            if count < FEW_DOCUMENTS:
+                self._cut_into_windows(domain)
+        self._index.commit()
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """The names of all domains, sorted."""
+        return tuple(sorted(self._documents))
+
+    def pieces(self) -> Iterator[Piece]:
+        """Yield all pieces in the order of their fingerprints: a shuffle that mixes the domains."""
+        rows = self._index.execute("SELECT * FROM pieces ORDER BY fingerprint, domain")
+        return (Piece(*row) for row in rows)
+
+    def keys(self) -> dict[str, tuple[bytes, bytes]]:
+        """Return the smallest and the largest key of each domain."""
+        rows = self._index.execute("SELECT domain, min(key), max(key) FROM pieces GROUP BY domain")
+        return {domain: (smallest, largest) for domain, smallest, largest in rows}
+
+    def sizes(self) -> dict[str, int]:
+        """Return the bytes of each domain."""
+        return dict(self._index.execute("SELECT domain, sum(size) FROM pieces GROUP BY domain"))
+
+    def read(self, piece: Piece) -> Document:
+        """Return a piece with its text."""
+        text = os.pread(self._texts.fileno(), piece.size, piece.place).decode()
+        return Document(text=text, domain=piece.domain, source=piece.source)
+
+    def _cut_into_windows(self, domain: str) -> None:
+        limit = min(max(self._characters[domain] // FEW_DOCUMENTS, MIN_WINDOW), WINDOW)
+        query = "SELECT fingerprint, domain, x'', place, size, source FROM documents WHERE domain = ?"
+        self._index.execute("DELETE FROM pieces WHERE domain = ?", (domain,))
+        for row in self._index.execute(query, (domain,)).fetchall():
+            piece = Piece(*row)
+            self._add_pieces(self.read(piece), piece.place, limit, None)
+
+    def _add_pieces(self, document: Document, place: int, limit: int, key: bytes | None) -> None:
+        """Index the windows of a document under its key; without one each window has its own."""
+        for window in windows(document, limit):
+            data = window.text.encode()
+            own = fingerprint(data)
+            if not window.text.isspace():
+                self._index.execute(_ADD_PIECE, (own, window.domain, key or own, place, len(data), window.source))
+            place += len(data)
+
+
+def fingerprint(data: bytes) -> bytes:
+    """Return the hash of a text in UTF-8 that names it."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def windows(document: Document, limit: int) -> Iterator[Document]:
+    """Cut text into windows of at most `limit` characters: at the last line end, else the last space, else anywhere."""
+    text, start, number = document.text, 0, 0
+    if len(text) <= limit:
+        yield document
+        return
+    while start < len(text):
+        end = start + limit
+        if end < len(text):
+            cut = text.rfind("\n", start, end)
+            cut = cut if cut > start else text.rfind(" ", start, end)
+            end = cut + 1 if cut > start else end
+        number += 1
+        yield replace(document, text=text[start:end], source=f"{document.source}[{number}]")
+        start = end
+
+
+def spooled(documents: Iterable[Document], folder: Path | None = None) -> Spool:
+    """Write all documents to `folder` (None: a temporary one)."""
+    spool = Spool(folder)
+    for document in documents:
+        spool.add(document)
+    spool.finish()
+    return spool
