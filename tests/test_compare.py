@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from command_line import SMALL, moestro, sources, write_corpus
+from comparison_fixture import make_comparison
 from moestro import Misuse
-from moestro.compare import plan, run_folder
-from moestro.comparison import Comparison
+from moestro.compare import budget, plan, run_folder
+from moestro.comparison import Comparison, CurvePoint, RecipeResult
 from moestro.records import read_record
 from moestro.sweep import Grid, at_rate
 from moestro.training.recipes import recipe
@@ -77,6 +78,31 @@ def test_unequal_is_refused_or_marked():
         plan(chosen, seeds=[0])
     the_plan = plan(chosen, seeds=[0], allow_unequal=True)
     assert len(the_plan.differences) == 1
+
+
+def test_budgets_are_checked_by_what_was_trained():
+    """A run of an earlier version that trained a step too many shows by its learning curve."""
+    found = make_comparison()
+    chosen = [recipe("smoe"), recipe("fine-grained")]
+    planned = chosen[0].training.steps * chosen[0].training.batch_tokens
+    the_plan = plan(chosen, seeds=[0, 1], allow_unequal=True)
+
+    def results(*tokens: int | None) -> list[RecipeResult]:
+        runs = [replace(found.recipes[0].runs[0], seed=i % 2, tokens=count, curve=()) for i, count in enumerate(tokens)]
+        pairs = zip(found.recipes, chosen, (runs[:2], runs[2:]), strict=False)
+        return [replace(result, name=r.name, runs=tuple(of_recipe)) for result, r, of_recipe in pairs]
+
+    assert budget(the_plan, results(*[planned] * 4)).equal
+    assert budget(the_plan, results(*[None] * 4)).equal
+    shorter = budget(the_plan, results(*[planned - 128] * 4))  # all alike: passes over a short text
+    assert (shorter.equal, shorter.tokens) == (True, planned - 128)
+    longer = budget(the_plan, results(planned, planned, planned, planned + 128))
+    assert not longer.equal
+    assert f"fine-grained seed 1 was trained on {planned + 128:,} of {planned:,} tokens" in longer.differences[0]
+    old = results(*[None] * 4)
+    last = CurvePoint(step=1, tokens=planned + 128, loss=1.0)
+    old[1] = replace(old[1], runs=(old[1].runs[0], replace(old[1].runs[1], curve=(last,))))
+    assert budget(the_plan, [replace(old[0], runs=results(planned, planned)[0].runs), old[1]]).differences
 
 
 @pytest.mark.parametrize("size", ["tiny", "small"])

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from command_line import SMALL, sources, write_corpus
-from moestro.training.runs import read_metrics
+from moestro.training.resume import read_metrics
 from test_aux_losses import assert_equal
 
 RECIPES = [

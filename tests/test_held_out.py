@@ -7,7 +7,7 @@ import pytest
 
 import moestro.training.held_out as held_out
 from command_line import SMALL, moestro, sources, write_corpus
-from moestro.training.runs import read_metrics
+from moestro.training.resume import read_metrics
 
 
 @pytest.fixture(scope="module")

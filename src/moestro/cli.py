@@ -12,6 +12,7 @@ import transformers
 import tyro
 from rich.console import Console
 
+from moestro.adapters.ranks import rank
 from moestro.compare import compare as compare_runs
 from moestro.compare import plan as plan_comparison
 from moestro.data.corpus import MAX_HELD_OUT_BYTES
@@ -29,8 +30,11 @@ from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
 from moestro.sweep import Grid
 from moestro.training.estimate import estimates
+from moestro.training.owner import check_writable
+from moestro.training.ranks import first_rank_first, is_shared, join, on_first_rank, speaks, wait_for_all
 from moestro.training.recipe import Recipe
 from moestro.training.recipes import RECIPES, recipe
+from moestro.training.runs import check_folder
 from moestro.training.train import Interrupted, Options
 from moestro.training.train import train as train_run
 
@@ -170,11 +174,13 @@ def train(
         print_costs(estimates([chosen]), "1 run")
         return
     console = Console(stderr=True)
-    data = data_flags.prepare(chosen)
-    (chosen,) = data_flags.fit([chosen], data)
     folder = run_flags.out or Path("runs") / f"{slug([recipe])}-{chosen.size}-seed-{seed}"
-    run = train_run(chosen, data, folder, seed=seed, console=console, options=Options(report_to=run_flags.report_to))
-    if int(os.environ.get("RANK", "0")) > 0:
+    join()
+    on_first_rank(lambda: check_folder(folder))
+    data = first_rank_first(lambda: data_flags.prepare(chosen))
+    (fitted,) = data_flags.fit([chosen], data)
+    run = train_run(fitted, data, folder, seed=seed, console=console, options=Options(report_to=run_flags.report_to))
+    if rank() > 0:
         return
     if export_stock:
         export(folder)
@@ -217,12 +223,16 @@ def compare(
     if run_flags.dry_run:
         print_plan(the_plan)
         return
-    data = data_flags.prepare(chosen[0])
-    the_plan = replace(the_plan, recipes=tuple(data_flags.fit(the_plan.recipes, data)))
     folder = run_flags.out or Path("runs") / f"compare-{slug(recipes)}-{chosen[0].size}"
+    join()
+    on_first_rank(lambda: check_writable(folder))
+    data = first_rank_first(lambda: data_flags.prepare(chosen[0]))
+    the_plan = replace(the_plan, recipes=tuple(data_flags.fit(the_plan.recipes, data)))
     console = Console(stderr=True)
     options = Options(report_to=run_flags.report_to)
     comparison = compare_runs(the_plan, data, folder, console=console, options=options)
+    if rank() > 0:
+        return
     print_comparison(comparison, Console())
     print(f"\nreport: {folder / 'report.html'}")
 
@@ -288,19 +298,32 @@ def main() -> None:
             commands, prog="moestro", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )
     except Misuse as error:
-        fail(str(error), 2)
+        fail(error, 2)
     except TrainingFailed as error:
-        fail(str(error), 1)
+        fail(error, 1)
+    except OSError as error:
+        fail(error, 1)
     except Interrupted as stop:
-        fail(str(stop), 130)
+        fail(stop, 130)
     except KeyboardInterrupt:
-        fail("stopped at once; the same command goes on from the last checkpoint, if there is one", 130)
+        stop = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
+        fail(stop, 130)
 
 
-def fail(message: str, code: int) -> None:
-    """One line on stderr, and out."""
-    print(f"moestro: {one_line(message)}", file=sys.stderr)
-    sys.stderr.flush()
+def told(error: Exception) -> str:
+    """What went wrong; of an error of the system, the file too."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}; the same command goes on from what is there"
+    return str(error)
+
+
+def fail(error: Exception, code: int) -> None:
+    """Print one line on stderr, on one rank, and end with `code`."""
+    if speaks(error):
+        print(f"moestro: {one_line(told(error))}", file=sys.stderr)
+        sys.stderr.flush()
+    if is_shared(error):
+        wait_for_all()  # a launcher ends all ranks with the first, which may be silent
     # Other threads (progress, data) must not turn a plain message into a traceback at exit.
     os._exit(code) if code == 130 else sys.exit(code)
 

@@ -23,9 +23,13 @@ from moestro.records import write_record
 from moestro.report import write_report
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
 from moestro.sweep import Grid, at_rate, noted_failure, sweep, with_chosen
+from moestro.training.environment import environment
+from moestro.training.finish import read_losses
+from moestro.training.owner import owned
+from moestro.training.ranks import join, on_first_rank
 from moestro.training.recipe import Recipe
-from moestro.training.runs import RUN, describe_run, environment, open_run
-from moestro.training.train import Options, recorded_dtype, resolve_dtype, train
+from moestro.training.runs import RUN, describe_run, open_run
+from moestro.training.train import Options, only_on_first_rank, recorded_dtype, resolve_dtype, train
 
 TOLERANCE = 0.02
 """Parameters count as equal within this share: routers and norms differ a little between architectures."""
@@ -121,8 +125,20 @@ def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
 
 
 def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
-    """Train what is not trained yet, and write `comparison.json` and `report.html`."""
-    the_plan = with_one_dtype(the_plan, folder, console)
+    """Train what is not trained yet, and write `comparison.json` and `report.html`.
+
+    Of several ranks the first one decides and writes; all return the same comparison. Raises Misuse if another process
+    works in the folder.
+    """
+    join()
+    console = only_on_first_rank(console)
+    with owned(folder):
+        the_plan = on_first_rank(lambda: with_one_dtype(the_plan, folder, console))
+        return trained(the_plan, data, folder, console=console, options=options)
+
+
+def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
+    """Run the plan in a folder that is this process's own."""
     run = partial(train_or_read, the_plan=the_plan, data=data, folder=folder, console=console, options=options)
     found = None
     if the_plan.grid is not None:
@@ -134,10 +150,14 @@ def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
     for seed in the_plan.seeds:
         for recipe in the_plan.recipes:
             runs[recipe.name].append(run(recipe, seed))
-    comparison = replace(assemble(the_plan, runs, data, folder), sweep=found)
-    write_record(comparison, folder / "comparison.json")
-    write_report(comparison, folder / "report.html")
-    return comparison
+
+    def write() -> Comparison:
+        comparison = replace(assemble(the_plan, runs, data, folder), sweep=found)
+        write_record(comparison, folder / "comparison.json")
+        write_report(comparison, folder / "report.html")
+        return comparison
+
+    return on_first_rank(write)
 
 
 def train_or_read(
@@ -154,7 +174,9 @@ def train_or_read(
     where = run_folder(folder, recipe, seed, the_plan)
     rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
     screening = the_plan.grid is not None and seed == the_plan.grid.seed
-    open_run(where, describe_run(recipe, data, seed))  # before a failure is read there: it must be this run's
+    on_first_rank(
+        lambda: open_run(where, describe_run(recipe, data, seed))
+    )  # before a failure is read there: it must be this run's
     try:
         with noted_failure(where) if screening else nullcontext():
             run = train(recipe, data, where, seed=seed, console=console, options=options)
@@ -227,7 +249,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
         version=moestro.__version__,
         created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         command=the_plan.command,
-        budget=budget(the_plan, results[0]),
+        budget=budget(the_plan, results),
         data=describe_data(data),
         gzip_bits_per_byte=data.gzip_bits_per_byte["all"],
         gzip_domains={name: bits for name, bits in data.gzip_bits_per_byte.items() if name != "all"},
@@ -237,28 +259,45 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
     )
 
 
-def budget(the_plan: Plan, first: RecipeResult) -> Budget:
-    """What every recipe was given."""
+def budget(the_plan: Plan, results: Sequence[RecipeResult]) -> Budget:
+    """What every recipe was given, by what its runs were really trained on."""
     training = the_plan.recipes[0].training
+    differences = (*the_plan.differences, *unequally_trained(the_plan, results))
+    tokens = results[0].runs[0].trained_tokens
     return Budget(
         match=the_plan.match,
-        tokens=training.steps * training.batch_tokens,
-        steps=training.steps,
+        tokens=training.steps * training.batch_tokens if tokens is None else tokens,
+        steps=results[0].runs[0].steps or training.steps,
         batch_tokens=training.batch_tokens,
         sequence_length=training.sequence_length,
         dtype=training.dtype,
-        parameters=first.active_parameters,
-        equal=not the_plan.differences,
-        differences=the_plan.differences,
+        parameters=results[0].active_parameters,
+        equal=not differences,
+        differences=differences,
     )
+
+
+def unequally_trained(the_plan: Plan, results: Sequence[RecipeResult]) -> list[str]:
+    """A sentence if runs were trained on other shares of what was planned for them; nothing if the shares are one."""
+    shares = {
+        f"{result.name} seed {run.seed}": (run.trained_tokens, recipe.training.steps * recipe.training.batch_tokens)
+        for recipe, result in zip(the_plan.recipes, results, strict=True)
+        for run in result.runs
+    }
+    known = {name: tokens / planned for name, (tokens, planned) in shares.items() if tokens is not None}
+    if not known or min(known.values()) == max(known.values()):
+        return []
+    low, high = min(known, key=known.__getitem__), max(known, key=known.__getitem__)
+    said = (f"{name} was trained on {shares[name][0]:,} of {shares[name][1]:,} tokens" for name in (low, high))
+    return [f"runs differ in what they were trained on: {', '.join(said)}"]
 
 
 def bootstrap(folder: Path, recipe: Recipe, the_plan: Plan) -> DocumentBootstrap:
     """Resample the held-out documents, losses averaged over seeds."""
     arms = (recipe, the_plan.recipes[0])
-    pairs = [[np.load(run_folder(folder, r, s, the_plan) / "held_out.npz") for s in the_plan.seeds] for r in arms]
-    tokens = pairs[0][0]["tokens"]
-    a, b = (np.mean([run["nll"] for run in runs], axis=0)[tokens > 0] for runs in pairs)
+    pairs = [[read_losses(run_folder(folder, r, s, the_plan)) for s in the_plan.seeds] for r in arms]
+    tokens = pairs[0][0][1]
+    a, b = (np.mean([nll for nll, _ in runs], axis=0)[tokens > 0] for runs in pairs)
     return document_bootstrap(a, b, tokens[tokens > 0])
 
 

@@ -133,6 +133,15 @@ class Run:
     """The MoE layers from the first block to the last; empty for a dense model."""
     competed: CompetedLoss | None = None
     """None for a dense model."""
+    steps: int | None = None
+    """Optimiser steps that it was really trained for; None in summaries of earlier versions."""
+    tokens: int | None = None
+    """Tokens that it was really trained on, every repetition counted; None in summaries of earlier versions."""
+
+    @property
+    def trained_tokens(self) -> int | None:
+        """`tokens`, or else what the last point of its learning curve tells; None without a curve."""
+        return self.tokens if self.tokens is not None or not self.curve else self.curve[-1].tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

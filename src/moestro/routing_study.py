@@ -12,8 +12,8 @@ from moestro.errors import Misuse
 from moestro.inspection import Checkpoint, Conditions, Finding, RoutingStudy, Text, stored_dtype, study
 from moestro.records import write_record
 from moestro.report.routing_report import write_routing_report
+from moestro.training.environment import environment
 from moestro.training.precision import faster_dtype
-from moestro.training.runs import environment
 from moestro.training.train import Interrupted
 
 

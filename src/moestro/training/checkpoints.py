@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: complete or not there, and what they hold verified before anything is resumed.
+"""Checkpoints that can be trusted: complete or not there, and what they hold verified before it is used.
 
 The Trainer writes a checkpoint file by file into its final folder, so a killed process leaves half of one behind. A
 marker written last, with the size and hash of every file, tells a complete checkpoint from that.
@@ -8,7 +8,8 @@ import hashlib
 import json
 import os
 import re
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePath
 
 from torch import nn
 
@@ -34,20 +35,35 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
-def verify(folder: Path) -> None:
-    """Raise Misuse if a marked checkpoint does not hold what its marker says."""
-    contents = json.loads((folder / MARKER).read_text())
-    for name, (size, expected) in contents.items():
+def verify(folder: Path, advice: str) -> None:
+    """Raise Misuse, with `advice`, if a marked folder of weights does not hold what its marker says."""
+
+    def require(condition: bool, what: str) -> None:
+        if not condition:
+            raise Misuse(f"{kind(folder)} {folder} is corrupt: {what}; {advice}")
+
+    for name, (size, expected) in read_marker(folder, require).items():
         path = folder / name
-        advice = f"remove {folder} to resume from an earlier checkpoint"
-        if not path.exists():
-            raise Misuse(f"checkpoint {folder} is corrupt: {name} is missing; {advice}")
-        if path.stat().st_size != size:
-            raise Misuse(
-                f"checkpoint {folder} is corrupt: {name} must have {size} bytes, got {path.stat().st_size}; {advice}"
-            )
-        if digest(path) != expected:
-            raise Misuse(f"checkpoint {folder} is corrupt: the contents of {name} have changed; {advice}")
+        require(path.is_file(), f"{name} is missing")
+        require(path.stat().st_size == size, f"{name} must have {size} bytes, got {path.stat().st_size}")
+        require(digest(path) == expected, f"the contents of {name} have changed")
+
+
+def read_marker(folder: Path, require: Callable[[bool, str], None]) -> dict[str, tuple[int, str]]:
+    """Return size and hash of every file that the marker names; weights must be among them."""
+    try:
+        marked = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        contents = {str(PurePath(name)): (int(size), str(expected)) for name, (size, expected) in marked.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        contents = {}
+    within = all(not PurePath(name).is_absolute() and ".." not in PurePath(name).parts for name in contents)
+    require(within and any(name.endswith(".safetensors") for name in contents), f"{MARKER} cannot be read")
+    return contents
+
+
+def kind(folder: Path) -> str:
+    """The word for a folder of weights in an error."""
+    return "checkpoint" if re.fullmatch(r"checkpoint-\d+", folder.name) else "model"
 
 
 def step_of(folder: Path) -> int:
@@ -71,10 +87,19 @@ def last_complete(run: Path) -> tuple[Path | None, list[Path]]:
     unfinished = []
     for folder in reversed(checkpoints(run)):
         if (folder / MARKER).exists():
-            verify(folder)
+            verify(folder, f"remove {folder} to resume from an earlier checkpoint")
+            check_step(folder)
             return folder, unfinished
         unfinished.append(folder)
     return None, unfinished
+
+
+def check_step(folder: Path) -> None:
+    """Raise Misuse if the state in a verified checkpoint is from another step than its name says."""
+    state = folder / "trainer_state.json"
+    step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else None
+    if step != step_of(folder):
+        raise Misuse(f"checkpoint {folder} must hold the state of step {step_of(folder)}, got step {step}: remove it")
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:

@@ -1,5 +1,7 @@
 """The held-out text: what is measured on a part of it while a run trains, and on all of it at the end."""
 
+import logging
+import zipfile
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -16,12 +18,13 @@ from moestro.data.preparation import PreparedData
 from moestro.evaluation import Evaluation, evaluate
 from moestro.models import MoestroForCausalLM
 from moestro.training.recipe import Recipe
-from moestro.training.runs import read_metrics
+from moestro.training.resume import read_metrics
 
 CURVE_TOKENS = 8_192
 """Held-out tokens of each point of a learning curve."""
 KEPT = ("agreement", "static_agreement", "regret", "target_entropy", "response", "changed")
 """What a learning curve keeps of the router beside competition."""
+logger = logging.getLogger(__name__)
 LOGGED = (*(f.name for f in fields(AgreementFigures) if f.name != "tokens"), "changed")
 
 
@@ -63,11 +66,13 @@ class HeldOutCurve:
     What it returns is logged: `held_out_loss`, and of models with experts `competition/NAME` (mean over layers) and
     `competition/LAYER/NAME` for the fields of `AgreementFigures` and for `changed`: the share of the tokens' experts
     that were others at the point before. Over ranks, each with its own rows, they are averaged. Choices are kept in
-    `folder`, so that a resumed run finds those of the point before.
+    `folder`, so that a resumed run finds those of the point before, `every` steps earlier.
     """
 
-    def __init__(self, model: MoestroForCausalLM, recipe: Recipe, data: PreparedData, folder: Path) -> None:
-        self.model, self.recipe, self.data, self.folder = model, recipe, data, folder
+    def __init__(
+        self, model: MoestroForCausalLM, recipe: Recipe, data: PreparedData, folder: Path, *, every: int
+    ) -> None:
+        self.model, self.recipe, self.data, self.folder, self.every = model, recipe, data, folder, every
 
     def __call__(self, step: int) -> dict[str, float]:
         """Measure after `step` steps."""
@@ -79,7 +84,7 @@ class HeldOutCurve:
     def beside_competition(self, meter: ResponseMeter, step: int) -> dict[str, float]:
         """What the meter saw, layer by layer and in the mean."""
         chosen, figures = meter.chosen(), meter.figures()
-        before = self.choices_before(step)
+        before = self.choices_before(step, chosen)
         self.keep(step, chosen)
         sums = torch.zeros(2, len(meter.layers), len(LOGGED), dtype=torch.float64)  # of values, and of who knows them
         for index, layer in enumerate(meter.layers):
@@ -100,13 +105,24 @@ class HeldOutCurve:
             logged |= {f"competition/{layer}/{name}": value for layer, value in zip(meter.layers, mean, strict=True)}
         return logged
 
-    def choices_before(self, step: int) -> dict[str, Tensor]:
-        """What this rank's routers chose at the last point before `step`; nothing at the first."""
-        earlier = [place for path in self.folder.glob(f"*-{rank()}.npz") if (place := step_of(path)) < step]
-        if not earlier:
+    def choices_before(self, step: int, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what this rank's routers chose at the point before `step`; nothing, with a warning, if it is lost.
+
+        After a resume on another number of ranks it is: each rank then chooses for other rows.
+        """
+        point = (step - 1) // self.every * self.every
+        if point == 0 or not chosen:
             return {}
-        with np.load(self.folder / f"{max(earlier)}-{rank()}.npz") as kept:
-            return {layer: torch.from_numpy(kept[layer]).long() for layer in kept.files}
+        path = self.folder / f"{point}-{rank()}.npz"
+        try:
+            with np.load(path) as kept:
+                before = {layer: torch.from_numpy(kept[layer]).long() for layer in chosen}
+        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
+            before = {}
+        if [choice.shape for choice in before.values()] != [choice.shape for choice in chosen.values()]:
+            logger.warning("%s is lost: the share of choices changed at step %d is unknown", path, step)
+            return {}
+        return before
 
     def keep(self, step: int, chosen: dict[str, Tensor]) -> None:
         """Write down what this rank's routers chose, whole or not at all."""
@@ -118,11 +134,6 @@ class HeldOutCurve:
         choices = {layer: expert.numpy().astype(np.int16) for layer, expert in chosen.items()}
         np.savez(partial, allow_pickle=False, **choices)  # pyright: ignore[reportArgumentType]
         partial.replace(path)
-
-
-def step_of(path: Path) -> int:
-    """The step after which choices were made."""
-    return int(path.name.partition("-")[0])
 
 
 def changed(before: Tensor, after: Tensor) -> float:

@@ -1,28 +1,32 @@
 """A run is a folder. What it holds says what it is, how far it came, and whether it is finished.
 
-`run.json` (what was asked, resolved), `environment.json`, `metrics.jsonl`, `choices/` (what routers chose on a part of
-the held-out text, at each point of the curve), `checkpoint-N/`, `held_out.npz` (loss per document), `model/` (the final
-weights) and, written last, `summary.json`, whose presence means finished.
+`run.json` (what was asked, resolved; written first), `environment.json`, `metrics.jsonl`, `choices/` (what routers
+chose on a part of the held-out text, at each point of the curve), `checkpoint-N/`, `model/` (the final weights, with a
+marker that holds their hashes), `held_out.npz` (loss per document) and, written last, `summary.json`, whose presence
+means finished. `.lock` is held by the process that trains.
 """
 
 import json
-import platform
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
 from moestro.records import write_atomically
+from moestro.training.environment import environment
+from moestro.training.owner import LOCK, check_writable
 from moestro.training.recipe import Recipe
 
 RUN = "run.json"
+ENVIRONMENT = "environment.json"
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CHOICES = "choices"
+LEFT_BY_A_START = {LOCK, f"{RUN}.part", ENVIRONMENT, f"{ENVIRONMENT}.part"}
+"""Files that a process leaves which is killed before the run has an identity."""
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 def describe_run(recipe: Recipe, data: PreparedData, seed: int) -> dict[str, Any]:
@@ -30,24 +34,51 @@ def describe_run(recipe: Recipe, data: PreparedData, seed: int) -> dict[str, Any
     return {"recipe": asdict(recipe), "seed": seed, "data": data.hash}
 
 
-def open_run(folder: Path, description: dict[str, Any]) -> None:
-    """Make the folder, or check that what it holds is this very run. Raises Misuse where it is another."""
-    path = folder / RUN
-    if path.exists():
-        there, here = json.loads(path.read_text()), json.loads(json.dumps(description))
-        difference = first_difference(identity(there), identity(here))
-        if difference:
-            field, old, new = difference
-            raise Misuse(
-                f"{folder} holds another run: {field} is {old!r} there and {new!r} here; "
-                "name another folder with --out, or remove that one"
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
+def check_folder(folder: Path) -> None:
+    """Raise Misuse unless a run can live in `folder`: it is empty or absent, or holds a run or the start of one.
+
+    Writes nothing, so that a mistake is said before any work.
+    """
+    if not os.path.exists(folder / SUMMARY):  # a finished run is only read
+        check_writable(folder)
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if RUN not in names and names - LEFT_BY_A_START:
         raise Misuse(f"{folder} must be empty or hold a run of moestro: it has files but no {RUN}")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "environment.json", json.dumps(environment(), indent=1))
-    write_atomically(path, json.dumps(description, indent=1))
+
+
+def open_run(folder: Path, description: dict[str, Any]) -> None:
+    """Write the identity of a new run, or check that the folder holds this very run. Raises Misuse if it is another."""
+    check_folder(folder)
+    if (folder / RUN).exists():
+        check_identity(folder, description)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RUN, json.dumps(description, indent=1))
+    if not (folder / ENVIRONMENT).exists():
+        write_atomically(folder / ENVIRONMENT, json.dumps(environment(), indent=1))
+
+
+def check_identity(folder: Path, description: dict[str, Any]) -> None:
+    """Raise Misuse unless the run in the folder is the one that `description` identifies."""
+    there, here = read_description(folder / RUN), json.loads(json.dumps(description))
+    if difference := first_difference(identity(there), identity(here)):
+        field, old, new = difference
+        raise Misuse(
+            f"{folder} holds another run: {field} is {old!r} there and {new!r} here; "
+            "name another folder with --out, or remove that one"
+        )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Read what identifies a run. Raises Misuse if the file does not hold that."""
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        whole = isinstance(description["recipe"], dict) and description["recipe"]["training"]["dtype"] in DTYPES
+    except (ValueError, LookupError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise Misuse(f"{path} must hold the description of a run, and is damaged: remove {path.parent} to train anew")
+    return description
 
 
 def identity(description: dict[str, Any]) -> dict[str, Any]:
@@ -69,43 +100,3 @@ def first_difference(a: Any, b: Any, name: str = "") -> tuple[str, Any, Any] | N
                 return found
         return None
     return None if a == b else (name, a, b)
-
-
-def environment() -> dict[str, str]:
-    """Versions and hardware, for whoever wants to reproduce a run."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "platform": platform.platform(),
-        "device": device,
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-def processor() -> str:
-    """The processor's name, as Linux knows it."""
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    name = names[0].partition(":")[2].strip() if names else platform.processor()
-    amx = " with AMX" if torch.backends.cpu.get_cpu_capability() and has_amx(info) else ""
-    return name + amx
-
-
-def has_amx(info: Path) -> bool:
-    """Whether the processor has bf16 tile products."""
-    return info.exists() and "amx_bf16" in info.read_text()
-
-
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the lines after `step`: a run that resumes there writes them again."""
-    if not path.exists():
-        return
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-    write_atomically(path, "".join(line + "\n" for line in lines))
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,16 +1,12 @@
 """`train`: from a recipe, data, a seed and a folder to a finished run; or, called again, on from where it stopped."""
 
-import json
 import os
-import resource
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, default_data_collator
@@ -21,18 +17,30 @@ from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
 from moestro.evaluation import held_out
 from moestro.models import PADDED_MM, MoestroForCausalLM
-from moestro.records import read_record, write_record
-from moestro.training.checkpoints import last_complete, step_of
+from moestro.training.checkpoints import step_of
+from moestro.training.finish import read_finished, write_results
 from moestro.training.held_out import HeldOutCurve, held_out_evaluation, learning_curve
 from moestro.training.initialise import initialise
+from moestro.training.intervals import CHECKPOINTS, CURVE_POINTS, every, steps_per_log
+from moestro.training.memory import forget_peak, peak_memory_bytes
+from moestro.training.owner import owned
 from moestro.training.precision import faster_dtype
 from moestro.training.progress import MetricsFile, ProgressBar
+from moestro.training.ranks import agree_on, join, on_first_rank
 from moestro.training.recipe import Recipe
-from moestro.training.runs import CHOICES, METRICS, RUN, SUMMARY, describe_run, keep_metrics_until, open_run
+from moestro.training.resume import resume_point
+from moestro.training.runs import (
+    CHOICES,
+    METRICS,
+    RUN,
+    SUMMARY,
+    check_folder,
+    check_identity,
+    describe_run,
+    open_run,
+    read_description,
+)
 from moestro.training.trainer import Interruption, PretrainingTrainer
-
-LOGS, CURVE_POINTS, CHECKPOINTS = 40, 6, 4
-"""How many times a run logs, evaluates on a part of the held-out text, and writes a checkpoint."""
 
 
 class Interrupted(Exception):
@@ -55,7 +63,7 @@ def recorded_dtype(recipe: Recipe, folder: Path) -> Recipe:
     """`dtype=auto` as an earlier start of the run in this folder decided it: a resumed run must not decide again."""
     if recipe.training.dtype != "auto" or not (folder / RUN).exists():
         return recipe
-    dtype = json.loads((folder / RUN).read_text())["recipe"]["training"]["dtype"]
+    dtype = read_description(folder / RUN)["recipe"]["training"]["dtype"]
     return replace(recipe, training=replace(recipe.training, dtype=dtype))
 
 
@@ -72,31 +80,57 @@ def resolve_dtype(recipe: Recipe, console: Console, device: torch.device) -> Rec
 def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, console: Console, options: Options) -> Run:
     """Train, evaluate and write the run's folder; a finished run is only read, an unfinished one resumed.
 
-    Raises Misuse where the folder holds another run or a corrupt checkpoint, TrainingFailed where the loss is not
-    finite, Interrupted after Ctrl-C.
+    Of several ranks the first one decides and writes; all return the same run.
+
+    Raises:
+        Misuse: the folder is no run's, holds another run or a corrupt checkpoint, or is in use by another process.
+        TrainingFailed: the loss is not finite.
+        Interrupted: after Ctrl-C.
+        OSError: a file cannot be written.
     """
+    join()
     console = only_on_first_rank(console)
-    recipe = resolve_dtype(
-        recorded_dtype(recipe, folder), console, torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    open_run(folder, describe_run(recipe, data, seed))
-    if (folder / SUMMARY).exists():
-        return read_record(Run, folder / SUMMARY)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_first_rank(lambda: check_folder(folder))
+    recipe = on_first_rank(lambda: resolve_dtype(recorded_dtype(recipe, folder), console, device))
+    agree_on(data.hash, "the text's hash")
+    description = describe_run(recipe, data, seed)
+    if (finished := on_first_rank(lambda: finished_run(folder, description, console))) is not None:
+        return finished
+    with owned(folder):
+        on_first_rank(lambda: open_run(folder, description))
+        return train_on(recipe, data, folder, seed=seed, console=console, options=options)
+
+
+def finished_run(folder: Path, description: dict[str, Any], console: Console) -> Run | None:
+    """Read the run if the folder holds this very one, finished. It needs no lock: nothing is written."""
+    if (folder / RUN).exists() and (folder / SUMMARY).exists():
+        check_identity(folder, description)
+        return read_finished(folder, console)
+    return None
+
+
+def train_on(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, console: Console, options: Options) -> Run:
+    """Train from where the folder's run stopped, and finish it."""
+    steps = recipe.training.steps
     model = build_model(recipe, data, seed)
     trainer, interruption = build_trainer(model, recipe, data, folder, seed=seed, console=console, options=options)
-    resume = resume_point(folder, console)
-    start = time.perf_counter()
-    with ExitStack() as stack:
-        if trainer.meter is not None:  # a dense model has neither
-            stack.enter_context(trainer.aux.attach(trainer))
-            stack.enter_context(trainer.meter.attach(model))
-        stack.enter_context(interruption.listening())
-        stack.enter_context(peak_memory_from_now())
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if interruption.requested and trainer.state.global_step < recipe.training.steps:
+    resume = on_first_rank(lambda: resume_point(folder, steps, console))
+    start, peak_is_known = time.perf_counter(), forget_peak()
+    if resume is not None and step_of(resume) == steps:
+        trainer.restore(resume)  # the Trainer would train a step more
+    else:
+        with ExitStack() as stack:
+            if trainer.meter is not None:  # a dense model has neither
+                stack.enter_context(trainer.aux.attach(trainer))
+                stack.enter_context(trainer.meter.attach(model))
+            stack.enter_context(interruption.listening())
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if interruption.requested and trainer.state.global_step < steps:
         raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
     seconds = time.perf_counter() - start
-    return finish(trainer, model, recipe, data, folder, seed=seed, seconds=seconds)
+    memory = peak_memory_bytes() if peak_is_known else None
+    return finish(trainer, model, recipe, data, folder, seed=seed, seconds=seconds, memory=memory)
 
 
 def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCausalLM:
@@ -133,6 +167,7 @@ def build_trainer(
 ) -> tuple[PretrainingTrainer, Interruption]:
     """The trainer with its losses, meters and callbacks, and what listens for Ctrl-C."""
     aux, interruption = recipe.aux_losses(), Interruption()
+    points = every(recipe.training.steps, CURVE_POINTS)
     trainer = PretrainingTrainer(
         model=model,
         args=training_arguments(recipe, folder, seed, options),
@@ -141,8 +176,8 @@ def build_trainer(
         aux=aux if model.config.has_experts else AuxLosses(),
         meter=RoutingMeter(training=True) if model.config.has_experts else None,
         tokens_per_step=recipe.training.batch_tokens,
-        held_out=HeldOutCurve(model, recipe, data, folder / CHOICES),
-        held_out_every=every(recipe.training.steps, CURVE_POINTS),
+        held_out=HeldOutCurve(model, recipe, data, folder / CHOICES, every=points),
+        held_out_every=points,
         callbacks=[
             interruption,
             MetricsFile(folder / METRICS),
@@ -182,7 +217,7 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int, options: Options
         activation_checkpointing_kwargs={"use_reentrant": False} if t.checkpointing else None,
         seed=seed,
         data_seed=seed,
-        logging_steps=max(1, t.steps // LOGS),
+        logging_steps=steps_per_log(t.steps),
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=every(t.steps, CHECKPOINTS),
@@ -194,23 +229,6 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int, options: Options
     )
 
 
-def every(steps: int, times: int) -> int:
-    """Steps between events that come about `times` times in a run, a multiple of the steps between logs."""
-    logging = max(1, steps // LOGS)
-    return max(1, steps // times // logging) * logging
-
-
-def resume_point(folder: Path, console: Console) -> Path | None:
-    """The checkpoint to go on from; says which unfinished ones are skipped, and drops metrics from after it."""
-    checkpoint, unfinished = last_complete(folder)
-    for path in unfinished:
-        console.print(f"skipping {path}: it was never finished", markup=False)
-    if checkpoint is not None:
-        console.print(f"resuming from {checkpoint}", markup=False)
-    keep_metrics_until(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
-    return checkpoint
-
-
 def finish(
     trainer: PretrainingTrainer,
     model: MoestroForCausalLM,
@@ -220,43 +238,24 @@ def finish(
     *,
     seed: int,
     seconds: float,
+    memory: int | None,
 ) -> Run:
-    """Evaluate, and write model, held-out losses and, last, the summary."""
-    memory = peak_memory_bytes()
+    """Evaluate on all ranks, and write model, held-out losses and, last, the summary on the first."""
     evaluation = held_out_evaluation(model, recipe, data)
-    run = Run(
-        seed=seed,
-        held_out=held_out(evaluation, data.held_out_bytes, data.held_out_domain, data.domains),
-        tokens_per_second=trainer.tokens_per_second() or None,
-        peak_memory_bytes=memory,
-        seconds=seconds,
-        curve=learning_curve(folder / METRICS),
-        layers=evaluation.layers,
-        competed=evaluation.competed,
-    )
-    if trainer.is_world_process_zero():
-        model.save_pretrained(folder / "model")
-        data.tokenizer.save_pretrained(folder / "model")
-        np.savez(folder / "held_out.npz", nll=evaluation.nll, tokens=evaluation.tokens)
-        write_record(run, folder / SUMMARY)
-    return run
 
+    def write() -> Run:
+        run = Run(
+            seed=seed,
+            held_out=held_out(evaluation, data.held_out_bytes, data.held_out_domain, data.domains),
+            tokens_per_second=trainer.tokens_per_second() or None,
+            peak_memory_bytes=memory,
+            seconds=seconds,
+            curve=learning_curve(folder / METRICS),
+            layers=evaluation.layers,
+            competed=evaluation.competed,
+            steps=trainer.state.global_step,
+            tokens=trainer.tokens_seen,
+        )
+        return write_results(folder, model, data.tokenizer, evaluation, run)
 
-@contextmanager
-def peak_memory_from_now() -> Iterator[None]:
-    """Measure the peak from here on, where the system can forget an earlier one (Linux, CUDA)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-    yield
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory: of the device with CUDA, else this process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return on_first_rank(write)

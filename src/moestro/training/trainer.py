@@ -13,11 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.errors import TrainingFailed
 from moestro.training.checkpoints import last_complete, mark_complete, refuse_non_finite
+from moestro.training.ranks import any_rank, on_first_rank, together
+from moestro.training.writing import failures_as_os_errors
 
 
 class PretrainingTrainer(Trainer):
@@ -63,12 +66,18 @@ class PretrainingTrainer(Trainer):
             loss = super().training_step(model, inputs, *args, **kwargs)
         except TrainingFailed as error:  # an auxiliary loss that is not finite
             raise TrainingFailed(self._what_broke(model, inputs, float("nan"), str(error))) from None
-        if not bool(loss.isfinite()):
-            raise TrainingFailed(self._what_broke(model, inputs, loss.item(), "the loss itself"))
+        if any_rank(not bool(loss.isfinite())):
+            together(lambda: self._refuse_non_finite(model, inputs, loss))
+        self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
         return loss
 
+    def _refuse_non_finite(self, model: nn.Module, inputs: Any, loss: Tensor) -> None:
+        if not bool(loss.isfinite()):
+            raise TrainingFailed(self._what_broke(model, inputs, loss.item(), "the loss itself"))
+
     def _what_broke(self, model: nn.Module, inputs: Any, loss: float, otherwise: str) -> str:
-        layer = first_non_finite(model, self._prepare_inputs(inputs)) or otherwise
+        # Not through the wrapper of data parallelism, whose passes all ranks must share.
+        layer = first_non_finite(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) or otherwise
         good, _ = last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         step = self.state.global_step + 1
@@ -104,8 +113,8 @@ class PretrainingTrainer(Trainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Training tokens so far."""
-        return self.state.global_step * self.tokens_per_step
+        """Training tokens so far, as they were counted: the last batch of a pass over the text may be smaller."""
+        return self.state.num_input_tokens_seen
 
     def tokens_per_second(self) -> float:
         """By the median training step since the start (or resume), the first two left out."""
@@ -115,14 +124,23 @@ class PretrainingTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         assert self.model is not None and self.args.output_dir is not None
         refuse_non_finite(self.model, self.state.global_step)
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            mark_complete(folder)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+        def save() -> None:
+            with failures_as_os_errors(folder):
+                super(PretrainingTrainer, self)._save_checkpoint(model, trial)
+
+        together(save)  # every rank writes a file of its own
+        on_first_rank(lambda: mark_complete(folder))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
         self._logged_steps = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take over the weights and the state of a checkpoint after which nothing is left to train."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 class StepClock(TrainerCallback):
@@ -164,7 +182,8 @@ class Interruption(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Stop all ranks after the same step, whichever was asked to."""
+        self.requested = any_rank(self.requested)
         if self.requested and state.global_step < state.max_steps:
             control.should_log = control.should_save = control.should_training_stop = True
 

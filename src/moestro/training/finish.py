@@ -1,0 +1,86 @@
+"""The results of a run: written whole and the summary last, so that a finish begun again ends with the same files."""
+
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from moestro.comparison import Run
+from moestro.errors import Misuse
+from moestro.evaluation import Evaluation
+from moestro.models import MoestroForCausalLM
+from moestro.records import read_record, write_record
+from moestro.training.checkpoints import MARKER, mark_complete, verify
+from moestro.training.runs import SUMMARY
+from moestro.training.writing import failures_as_os_errors
+
+MODEL = "model"
+LOSSES = "held_out.npz"
+
+
+def write_results(
+    folder: Path, model: MoestroForCausalLM, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, run: Run
+) -> Run:
+    """Write model, held-out losses per document and, last, the summary; return the run."""
+    with whole_folder(folder / MODEL) as place, failures_as_os_errors(place):
+        model.save_pretrained(place)
+        tokenizer.save_pretrained(place)
+        mark_complete(place)
+    partial = folder / f"{LOSSES}.part"
+    with partial.open("wb") as file:
+        np.savez(file, nll=evaluation.nll, tokens=evaluation.tokens)
+    partial.replace(folder / LOSSES)
+    write_record(run, folder / SUMMARY)
+    return run
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder`, which takes its place when the context ends without an error."""
+    place = folder.with_name(f"{folder.name}.part")
+    for left in (place, folder):  # by a finish that was killed
+        if left.exists():
+            shutil.rmtree(left)
+    place.mkdir()
+    yield place
+    place.rename(folder)
+
+
+def read_finished(folder: Path, console: Console) -> Run | None:
+    """Read a run's summary; None if the run is not finished.
+
+    Raises:
+        Misuse: the summary cannot be read, or the model beside it is not the one that the run wrote.
+    """
+    if not (folder / SUMMARY).exists():
+        return None
+    advice = f"remove {folder / SUMMARY} to write it anew from the last checkpoint"
+    try:
+        run = read_record(Run, folder / SUMMARY)
+    except Misuse as error:
+        raise Misuse(f"{error}; {advice}") from None
+    model = folder / MODEL
+    if (model / MARKER).exists():
+        verify(model, advice)
+    elif run.steps is not None:  # earlier versions wrote no marker
+        console.print(f"warning: {model} is missing or has lost {MARKER}; {advice}", markup=False)
+    return run
+
+
+def read_losses(folder: Path) -> tuple[Float[np.ndarray, " documents"], Int[np.ndarray, " documents"]]:
+    """Read (nll, tokens) of each held-out document. Raises Misuse if a finished run has lost them."""
+    path = folder / LOSSES
+    try:
+        with np.load(path) as kept:
+            return kept["nll"], kept["tokens"]
+    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
+        raise Misuse(
+            f"{path} must hold the losses of a finished run ({error}): remove {folder / SUMMARY} to write it anew "
+            "from the last checkpoint"
+        ) from None

@@ -1,0 +1,101 @@
+"""One owner of a folder of results: a second process that names it is refused before it writes anything."""
+
+import errno
+import fcntl
+import logging
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from moestro.adapters.ranks import rank
+from moestro.errors import Misuse
+from moestro.training.ranks import on_first_rank, together
+
+LOCK = ".lock"
+SHARED_WITHIN = 10.0
+"""Seconds within which every rank must see what the first one wrote."""
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Make `folder` and hold it until the context ends; the first rank does it for all.
+
+    The lock is the operating system's (flock), which ends with the process, however that ends. On a network file
+    system it holds between machines only if that system carries flock (NFS since Linux 2.6.12, Lustre mounted with
+    `flock`).
+
+    Raises:
+        Misuse: the folder cannot be made or written to, another process holds it, or a rank does not see it.
+        OSError: raised within the context; it then names a file, or else the folder.
+    """
+    with ExitStack() as stack:
+        token = on_first_rank(lambda: hold(folder, stack))
+        together(lambda: check_shared(folder, token))
+        try:
+            yield
+        except OSError as error:
+            if error.errno is not None and error.filename is None:  # a full disk does not say where it is full
+                error.filename = str(folder)
+            raise
+
+
+def hold(folder: Path, stack: ExitStack) -> str:
+    """Lock the folder until `stack` closes, and return the token that was written into the lock."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
+    except OSError as error:
+        raise Misuse(unusable(folder, error)) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = " ".join(file.read(200).split()[:4])
+        raise Misuse(
+            f"{folder} is in use by another process ({holder}): wait until it ends, or name another folder with --out"
+        ) from None
+    except OSError as error:
+        logger.warning("%s has no locks (%s): start no second process on it", folder, error.strerror)
+    token = f"process {os.getpid()} on {platform.node()} {uuid.uuid4()}"
+    file.truncate(0)
+    file.write(token)
+    file.flush()
+    return token
+
+
+def check_writable(folder: Path) -> None:
+    """Raise Misuse unless `folder` is one that this process may write to, or can be made. Writes nothing."""
+    try:
+        if folder.is_symlink() and not folder.exists():
+            folder.stat()  # says why the link leads nowhere
+        above = next(path for path in (folder, *folder.parents) if path.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(above))
+    except OSError as error:
+        raise Misuse(unusable(folder, error)) from None
+
+
+def unusable(folder: Path, error: OSError) -> str:
+    """Say why a folder cannot hold results."""
+    return f"--out must be a folder that can be written to: {error.strerror}: {error.filename or folder}"
+
+
+def check_shared(folder: Path, token: str) -> None:
+    """Raise Misuse unless this rank sees the first rank's token: all ranks must share the folder."""
+    until = time.monotonic() + SHARED_WITHIN
+    while True:
+        with suppress(OSError):
+            if (folder / LOCK).read_text(encoding="utf-8") == token:
+                return
+        if time.monotonic() > until:
+            raise Misuse(
+                f"{folder} must be one folder that all ranks share: rank {rank()} on {platform.node()} does not see "
+                f"what rank 0 wrote there within {SHARED_WITHIN:.0f} s"
+            )
+        time.sleep(0.05)

@@ -1,0 +1,169 @@
+"""The folder of a run: one owner, an identity first, and a finish that is the same the first time and again."""
+
+import fcntl
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import moestro.training.train as training
+from command_line import moestro
+from moestro import Misuse
+from moestro.training.runs import check_folder
+from run_folder import STEPS, assert_same_run, endings, finished_run, unfinished_copy
+
+pytestmark = pytest.mark.xdist_group("run_folder")  # they share the finished run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    return finished_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(autouse=True)
+def _cache(finished: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOESTRO_CACHE", str(finished[0].parent / "cache"))
+
+
+def again(monkeypatch: pytest.MonkeyPatch, arguments: list[str], folder: Path) -> int:
+    return moestro(monkeypatch, *arguments, "--out", str(folder))
+
+
+def one_line(capsys: pytest.CaptureFixture) -> str:
+    """The error, which is the last line and the only one of `moestro: `."""
+    output = capsys.readouterr()
+    lines = output.err.splitlines()
+    assert "Traceback" not in output.err
+    assert sum(line.startswith("moestro: ") for line in lines) == 1
+    assert lines[-1].startswith("moestro: ")
+    assert output.out == ""
+    return lines[-1]
+
+
+def test_killed_in_the_last_evaluation_trains_no_step_more(finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    assert again(monkeypatch, arguments, folder) == 0
+    assert f"resuming from {folder}/checkpoint-{STEPS}" in capsys.readouterr().err.replace("\n", "")
+    assert_same_run(folder, run)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["steps"], summary["tokens"]) == (STEPS, STEPS * 128)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in run.iterdir())
+
+
+@pytest.mark.parametrize("left", ["half a model", "a model beside its place", "losses cut short"])
+def test_killed_while_results_are_written_finishes_again(left, finished, tmp_path, monkeypatch):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    if left == "half a model":
+        weights = folder / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+        (folder / "model" / "model-00001-of-00002.safetensors").write_bytes(b"from elsewhere")
+    elif left == "a model beside its place":
+        (folder / "model").rename(folder / "model.part")
+        (folder / "model.part" / "config.json").unlink()
+    else:
+        losses = folder / "held_out.npz"
+        losses.write_bytes(losses.read_bytes()[:40])
+    assert again(monkeypatch, arguments, folder) == 0
+    assert_same_run(folder, run)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in run.iterdir()}
+    assert {path.name for path in (folder / "model").iterdir()} == {path.name for path in (run / "model").iterdir()}
+
+
+def test_ctrl_c_in_the_last_evaluation_loses_nothing(finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        endings(patch)
+        patch.setattr(training, "held_out_evaluation", interrupted)
+        assert again(patch, arguments, folder) == 130
+    assert "the same command goes on" in one_line(capsys)
+    assert again(monkeypatch, arguments, folder) == 0
+    assert_same_run(folder, run)
+
+
+def test_a_checkpoint_from_beyond_the_last_step_is_refused(finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    shutil.copytree(folder / f"checkpoint-{STEPS}", folder / f"checkpoint-{STEPS + 1}")
+    assert again(monkeypatch, arguments, folder) == 2
+    assert f"checkpoints of a run of {STEPS} steps must not be from after them" in one_line(capsys)
+
+
+def test_a_checkpoint_under_another_name_is_refused(finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    (folder / f"checkpoint-{STEPS - 2}").rename(folder / f"checkpoint-{STEPS}")
+    assert again(monkeypatch, arguments, folder) == 2
+    assert f"must hold the state of step {STEPS}, got step {STEPS - 2}" in one_line(capsys)
+
+
+def test_unfinished_checkpoints_go(finished, tmp_path, monkeypatch, capsys):
+    """Else they count among those that are kept, and the only complete one may go in their place."""
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    (folder / f"checkpoint-{STEPS}" / "complete.json").rename(folder / f"checkpoint-{STEPS}" / "complete.json.part")
+    assert again(monkeypatch, arguments, folder) == 0
+    assert "was never finished" in capsys.readouterr().err
+    assert_same_run(folder, run)
+    assert not (folder / f"checkpoint-{STEPS}" / "complete.json.part").exists()
+
+
+def test_killed_in_its_first_moments_a_run_starts_again(finished, tmp_path, monkeypatch):
+    run, arguments = finished
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", "run.json.part"):
+        (folder / name).write_text('{"recipe"')
+    assert again(monkeypatch, arguments, folder) == 0
+    assert_same_run(folder, run)
+
+
+@pytest.mark.parametrize("name", ["environment.json", "environment.json.part", ".lock", "run.json.part"])
+def test_what_a_start_leaves_is_no_other_run(name, tmp_path):
+    (tmp_path / name).write_text("{")
+    check_folder(tmp_path)
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(Misuse, match=r"has files but no run\.json"):
+        check_folder(tmp_path)
+
+
+def test_a_run_has_its_identity_before_anything_else(finished, tmp_path, monkeypatch):
+    _, arguments = finished
+    folder = tmp_path / "run"
+
+    def check() -> dict[str, str]:
+        assert (folder / "run.json").exists()
+        raise KeyboardInterrupt
+
+    endings(monkeypatch)
+    monkeypatch.setattr("moestro.training.runs.environment", check)
+    assert again(monkeypatch, arguments, folder) == 130
+
+
+def test_a_second_process_on_a_run_is_refused(finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    with (folder / ".lock").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process does
+        assert again(monkeypatch, arguments, folder) == 2
+    assert f"{folder} is in use by another process (process " in one_line(capsys)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert again(monkeypatch, arguments, folder) == 0
+
+
+def test_a_second_process_on_a_comparison_is_refused(finished, tmp_path, monkeypatch, capsys):
+    arguments = ["compare", "smoe", *finished[1][2:], "--seeds", "1", "--out", str(tmp_path)]
+    with (tmp_path / ".lock").open("w+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert moestro(monkeypatch, *arguments) == 2
+    assert f"{tmp_path} is in use by another process" in one_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
