@@ -159,8 +159,9 @@ def test_the_forest_has_zero_in_the_middle_and_room_for_all():
     assert fine.mean < smoe.mean < 50
     assert fine.interval is not None
     assert fine.interval[0] < fine.mean < fine.interval[0] + fine.interval[1] < 50
-    assert fine.noise is not None
-    assert 2 * fine.noise[0] + fine.noise[1] == pytest.approx(100)
+    assert fine.margin is not None
+    assert 2 * fine.margin[0] + fine.margin[1] == pytest.approx(100)
+    assert plot.margin == "0.02"
 
 
 @given(st.floats(1e-5, 50), st.floats(-1, 1))
@@ -173,12 +174,14 @@ def test_nothing_leaves_the_forest(scale, shift):
         mean=shift * scale,
         by_seed=(scale, -scale),
         interval=(-scale, scale),
-        minimum_detectable=scale,
+        margin=scale * 10 ** (2 * shift),
     )
     plot = forest(replace(comparison, recipes=(comparison.recipes[0], replace(recipe, difference=found))))
     bar = plot.bars[1]
     assert bar is not None
     assert bar.interval is not None
-    for position in (bar.mean, *bar.seeds, bar.interval[0], sum(bar.interval), *(at for at, _ in plot.ticks)):
+    assert bar.margin is not None
+    edges = (bar.interval[0], sum(bar.interval), bar.margin[0], sum(bar.margin))
+    for position in (bar.mean, *bar.seeds, *edges, *(at for at, _ in plot.ticks)):
         assert 0 <= position <= 100
     assert len({label for _, label in plot.ticks}) == 5

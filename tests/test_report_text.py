@@ -99,20 +99,22 @@ FIRST = [4.100, 4.110, 4.120, 4.105]
 BETTER = [4.088, 4.097, 4.108, 4.094]
 WORSE = [4.112, 4.123, 4.132, 4.116]
 NOISY = [4.090, 4.123, 4.115, 4.106]
+NOISIER = [4.060, 4.183, 4.115, 4.136]
 
 
 @pytest.mark.parametrize(
     ("others", "said"),
     [
-        ([BETTER, NOISY], "smoe beats dense by 0.0120 nats per token"),
-        ([NOISY, BETTER], "fine-grained beats dense by 0.0120 nats per token"),
+        ([BETTER, NOISY], "smoe beats dense by 0.0120 nats per token, less than the margin of 0.02"),
+        ([NOISY, [v - 0.03 for v in BETTER]], "fine-grained beats dense by 0.0420 nats per token"),
         (
             [BETTER, [value - 0.01 for value in BETTER[:3]] + [4.0835]],
             "fine-grained and smoe beat dense on held-out text",
         ),
         ([WORSE, [v + 0.001 for v in WORSE[:2]] + WORSE[2:]], "dense beats smoe and fine-grained on held-out text"),
         ([WORSE, NOISY], "Nothing beats dense; smoe is worse"),
-        ([NOISY, NOISY], "No difference from dense stands out of the noise of 4 seeds"),
+        ([NOISIER, NOISIER], "No difference from dense stands out of the noise of 4 seeds"),
+        ([NOISIER, NOISY], "fine-grained and dense are equivalent: they differ by less than 0.02 nats per token"),
     ],
 )
 def test_the_headline_is_the_plain_answer(others, said):
@@ -161,9 +163,11 @@ def _found(**changes) -> Difference:
         "deviation": 0.001,
         "interval": (-0.012, -0.008),
         "p": 0.01,
-        "p_holm": 0.02,
+        "p_holm": 0.08,
         "minimum_detectable": 0.002,
         "verdict": "not answered",
+        "margin": 0.02,
+        "p_equivalence_holm": 0.3,
     }
     return Difference(**(values | changes))
 
@@ -173,10 +177,14 @@ def _found(**changes) -> Difference:
     [
         (_found(verdict="better"), ""),
         (_found(verdict="too few seeds to rank"), "an interval takes 3 seeds"),
-        (_found(interval=None), "every seed gave the same difference"),
-        (_found(interval=(-0.03, 0.01)), "the interval includes zero"),
-        (_found(p_holm=0.08), "p = 0.08 after Holm's correction"),
-        (_found(minimum_detectable=0.015), "below 0.015"),
+        (_found(interval=None, p=None, p_holm=None), "every seed gave the same difference"),
+        (_found(verdict="better", p_equivalence_holm=0.04), "by less than the margin of 0.02 nats"),
+        (_found(verdict="equivalent"), "the true difference is below the margin of 0.02 nats"),
+        (
+            _found(),
+            "neither a difference nor equivalence within 0.02 nats is shown (p = 0.08 and 0.30 by Holm's method)",
+        ),
+        (_found(margin=None, p_equivalence_holm=None), "no difference is shown (p = 0.08"),
     ],
 )
 def test_the_reason_of_a_verdict(found, why):
@@ -199,7 +207,11 @@ def test_what_only_seeds_could_say():
     comparison = make_comparison((0, 1))
     assert sentences.noise(comparison, comparison.recipes[1]).endswith("noise takes 3 seeds to say.")
     comparison = make_comparison()
-    assert "would be missed more than one time in five" in sentences.noise(comparison, comparison.recipes[1])
+    said = sentences.noise(comparison, comparison.recipes[1])
+    assert "finds a true difference of 0.0056 nats four times in five, and an equal recipe to lie within 0.0046" in said
+    assert said.endswith("more often if the same is true of other recipes.")
+    alone = replace(comparison, recipes=comparison.recipes[:2])
+    assert "more often" not in sentences.noise(alone, alone.recipes[1])
 
 
 def test_the_table_holds_means_and_the_worst():
@@ -209,7 +221,7 @@ def test_the_table_holds_means_and_the_worst():
     assert smoe.loss == f"{sum(losses) / 3:.3f}"
     assert smoe.dead_experts == "1 of 64"
     assert (dense.dead_experts, dense.max_vio_batch, dense.difference, dense.verdict) == ("–", "–", "–", "")
-    assert smoe.verdict == "not answered"
+    assert smoe.verdict == "equivalent"
 
 
 def test_one_seed_has_no_spread():

@@ -6,13 +6,10 @@ from scipy import stats
 
 from moestro.errors import Misuse
 from moestro.statistics import (
-    Difference,
     compare_with_first,
     document_bootstrap,
     holm,
-    minimum_detectable_effect,
     paired_difference,
-    verdict,
 )
 
 # Student 1908, Biometrika 6: extra hours of sleep under two drugs, the textbook case of the paired t test.
@@ -51,6 +48,7 @@ def test_fewer_than_three_seeds_are_too_few_to_rank(seeds):
     found = paired_difference([1.0, 1.1][:seeds], [2.0, 2.2][:seeds])
     assert found.verdict == "too few seeds to rank"
     assert (found.interval, found.p, found.p_holm, found.minimum_detectable) == (None, None, None, None)
+    assert (found.p_equivalence, found.p_equivalence_holm, found.minimum_margin) == (None, None, None)
     assert (found.deviation is None) == (seeds == 1)
 
 
@@ -68,7 +66,9 @@ def test_a_difference_that_no_seed_varies_is_not_evidence(offset):
     assert found.verdict == "not answered"
 
 
-@pytest.mark.parametrize(("recipe", "first"), [([1.0], [1.0, 2.0]), ([], []), ([1.0, float("nan")], [1.0, 2.0])])
+@pytest.mark.parametrize(
+    ("recipe", "first"), [([1.0], [1.0, 2.0]), ([], []), ([1.0, float("nan")], [1.0, 2.0]), ([1e101, 1.0], [1.0, 2.0])]
+)
 def test_values_that_cannot_be_paired_are_refused(recipe, first):
     with pytest.raises(Misuse, match="paired values must be"):
         paired_difference(recipe, first)
@@ -108,50 +108,6 @@ def test_holm_can_take_a_verdict_away():
     assert (alone.verdict, among_many.verdict) == ("better", "not answered")
 
 
-@pytest.mark.parametrize(("seeds", "effect"), [(3, 3.2640), (5, 1.6820), (10, 0.9960), (20, 0.6604), (34, 0.4950)])
-def test_minimum_detectable_effect_known_values(seeds, effect):
-    # G*Power and R's power.t.test(n, sd = 1, power = .8, type = "paired").
-    assert minimum_detectable_effect(1.0, seeds) == pytest.approx(effect, abs=1e-4)
-    assert minimum_detectable_effect(0.25, seeds) == pytest.approx(effect / 4, abs=1e-4)
-
-
-def test_minimum_detectable_effect_is_found_four_times_in_five():
-    effect = minimum_detectable_effect(0.01, 4)
-    drawn = np.random.default_rng(0).normal(loc=effect, scale=0.01, size=(4, 4000))
-    statistic = drawn.mean(axis=0) / (drawn.std(axis=0, ddof=1) / 2)
-    assert (np.abs(statistic) > stats.t.isf(0.025, 3)).mean() == pytest.approx(0.8, abs=0.025)
-
-
-def test_minimum_detectable_effect_needs_two_seeds():
-    with pytest.raises(Misuse, match="at least 2 seeds, got 1"):
-        minimum_detectable_effect(1.0, 1)
-
-
-@pytest.mark.parametrize(
-    ("mean", "p_holm", "expected"),
-    [
-        (-0.02, 0.01, "better"),
-        (0.02, 0.01, "worse"),
-        (-0.02, 0.05, "not answered"),
-        (-0.009, 0.01, "not answered"),
-        (0.009, 0.01, "not answered"),
-        (-0.01, 0.01, "better"),
-    ],
-)
-def test_verdict_needs_significance_and_size(mean, p_holm, expected):
-    found = Difference(
-        by_seed=(mean,) * 3,
-        mean=mean,
-        deviation=0.003,
-        interval=(mean - 0.005, mean + 0.005),
-        p=p_holm,
-        p_holm=p_holm,
-        minimum_detectable=0.01,
-        verdict="not answered",
-    )
-    assert verdict(found) == expected
-
-
 def test_intervals_cover_the_truth_as_often_as_they_say():
     rng, truth, covered = np.random.default_rng(1), 0.3, 0
     for _ in range(300):
@@ -167,7 +123,7 @@ def test_equal_recipes_are_rarely_called_different():
     for _ in range(120):
         found = compare_with_first(rng.normal(size=(4, 3)).tolist())
         claims += any(d.verdict in ("better", "worse") for d in found)
-    assert claims <= 9  # 5 % of 120 is 6, and the minimum detectable effect asks for more
+    assert claims <= 12  # 5 % of 120 is 6; test_verdicts counts more closely
 
 
 def test_document_bootstrap_is_the_difference_per_token_not_per_document():

@@ -28,6 +28,7 @@ from moestro.models.siblings import export_stock
 from moestro.report.routing_terminal import print_finding, print_study
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
+from moestro.statistics import MARGIN
 from moestro.sweep import Grid
 from moestro.training.estimate import estimates
 from moestro.training.owner import check_writable
@@ -194,6 +195,7 @@ def compare(
     first_seed: int = 0,
     match: Literal["tokens", "flops"] = "tokens",
     allow_unequal: bool = False,
+    margin: float = MARGIN,
     sweep_flags: Annotated[SweepFlags, tyro.conf.arg(name="")] = SweepFlags(),
     recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags(),
     data_flags: Annotated[DataFlags, tyro.conf.arg(name="")] = DataFlags(),
@@ -208,6 +210,7 @@ def compare(
         first_seed: The seeds count up from this one.
         match: What is equal between recipes, training tokens or training FLOPs.
         allow_unequal: Compare although budgets differ, and mark the table.
+        margin: Nats per token: recipes shown to differ by less are called equivalent.
     """
     if seeds < 0:
         raise Misuse(f"seeds must be at least 0, got {seeds}")
@@ -219,6 +222,7 @@ def compare(
         allow_unequal=allow_unequal,
         command=["moestro", *sys.argv[1:]],
         grid=sweep_flags.grid(recipes, recipe_flags),
+        margin=margin,
     )
     if run_flags.dry_run:
         print_plan(the_plan)

@@ -21,7 +21,7 @@ from moestro.errors import Misuse, TrainingFailed
 from moestro.models.counting import count_parameters
 from moestro.records import write_record
 from moestro.report import write_report
-from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
+from moestro.statistics import MARGIN, DocumentBootstrap, check_margin, compare_with_first, document_bootstrap
 from moestro.sweep import Grid, at_rate, noted_failure, sweep, with_chosen
 from moestro.training.environment import environment
 from moestro.training.finish import read_losses
@@ -47,6 +47,8 @@ class Plan:
     command: str
     grid: Grid | None = None
     """What chooses each recipe's learning rate first; None: the recipes say them."""
+    margin: float = MARGIN
+    """Nats per token: smaller differences are not worth having."""
 
 
 def plan(
@@ -57,6 +59,7 @@ def plan(
     allow_unequal: bool = False,
     command: Sequence[str] = (),
     grid: Grid | None = None,
+    margin: float = MARGIN,
 ) -> Plan:
     """Match the budgets, and refuse with the number that differs what would not be a fair comparison."""
     check(recipes, seeds, match, grid)
@@ -72,6 +75,7 @@ def plan(
         differences=differences,
         command=shlex.join(command),
         grid=grid,
+        margin=check_margin(margin),
     )
 
 
@@ -227,7 +231,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
     """The comparison's record from its runs."""
     recipes = the_plan.recipes
     losses = [[run.held_out.loss for run in runs[recipe.name]] for recipe in recipes]
-    differences = [None, *(compare_with_first(losses) if len(recipes) > 1 else ())]
+    differences = [None, *(compare_with_first(losses, margin=the_plan.margin) if len(recipes) > 1 else ())]
     results = []
     for recipe, difference in zip(recipes, differences, strict=True):
         config = recipe.model.config(recipe.training.sequence_length)

@@ -1,9 +1,11 @@
-"""Which differences between recipes are more than noise.
+"""Which differences between recipes are more than noise, and which are too small to matter.
 
 Recipes are paired by seed: both arms of a pair see the same data in the same order and share what initialisation they
-can, so the noise that a seed brings to both cancels. The interval and the p-value are those of the paired t test over
-seeds; p-values are adjusted over recipes by Holm's method. The document bootstrap answers another question (other
-held-out documents, the same trained models) and is therefore kept apart: it never decides a verdict.
+can, so the noise that a seed brings to both cancels. One rule decides (`verdict`): a recipe is better or worse if the
+p-value of its paired t test over seeds, adjusted over recipes by Holm's method, is below 0.05. Otherwise it is
+equivalent if two one-sided tests show, at the same level, that the true difference lies within a margin. The document
+bootstrap answers another question (other held-out documents, the same trained models) and is therefore kept apart: it
+never decides a verdict.
 
 Every endpoint here is a loss: lower is better, and a difference is the recipe minus the first recipe.
 """
@@ -11,31 +13,32 @@ Every endpoint here is a loss: lower is better, and a difference is the recipe m
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import ArrayLike
-from scipy import optimize, stats
+from scipy import stats
 
 from moestro.errors import Misuse
+from moestro.power import ALPHA, minimum_detectable_effect, minimum_margin
 
-Verdict = Literal["better", "worse", "not answered", "too few seeds to rank"]
+Verdict = Literal["better", "worse", "equivalent", "not answered", "too few seeds to rank"]
 
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
-ALPHA = 0.05
-POWER = 0.8
+MARGIN = 0.02
+"""Nats per token, 2 % of the perplexity: smaller differences are not worth having unless the user says so."""
+_LARGEST = 1e100
+"""Values up to this can be squared and summed; a loss in float32 is far below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """A recipe's endpoint minus the first recipe's, paired by seed.
 
-    `interval`, `p`, `p_holm` and `minimum_detectable` are None where there is no paired t test: with fewer than three
-    seeds, or where every seed gave the same difference (then the seeds varied nothing, and their spread says nothing
-    about noise).
+    `interval` and everything that tests give is None where there is no test: with fewer than three seeds, or where
+    every seed gave the same difference (then the seeds varied nothing, and their spread says nothing about noise).
     """
 
     by_seed: tuple[float, ...]
@@ -44,8 +47,17 @@ class Difference:
     interval: tuple[float, float] | None  # 95 %, not adjusted for the number of recipes
     p: float | None
     p_holm: float | None
-    minimum_detectable: float | None
+    minimum_detectable: float | None  # the true difference that a new study of this size finds four times in five
     verdict: Verdict
+    margin: float | None = None  # differences below it are not worth having; None in files of earlier versions
+    p_equivalence: float | None = None  # of the hypothesis that the true difference is as large as the margin
+    p_equivalence_holm: float | None = None
+    minimum_margin: float | None = None  # the margin within which a new study finds an equal recipe four times in five
+
+    @property
+    def within_margin(self) -> bool:
+        """Whether the true difference was shown to be smaller than the margin; also true of some that are better."""
+        return self.p_equivalence_holm is not None and self.p_equivalence_holm < ALPHA
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,49 +71,77 @@ class DocumentBootstrap:
     seed: int
 
 
-def compare_with_first(endpoints: Sequence[Sequence[float]]) -> tuple[Difference, ...]:
-    """The paired difference of every recipe but the first to the first, judged together.
+def compare_with_first(endpoints: Sequence[Sequence[float]], *, margin: float = MARGIN) -> tuple[Difference, ...]:
+    """Return the paired difference of every recipe but the first to the first, judged together.
 
     Args:
         endpoints: per recipe, its endpoint for every seed, seeds in the same order.
+        margin: differences below it are not worth having; in the endpoints' unit.
 
     Raises:
         Misuse: as `paired_difference`.
     """
     first, *others = endpoints
-    alone = [paired_difference(values, first) for values in others]
-    adjusted = iter(holm([d.p for d in alone if d.p is not None]))
-    return tuple(_judged(d, None if d.p is None else next(adjusted)) for d in alone)
+    alone = [_difference(values, first, check_margin(margin)) for values in others]
+    p = holm([d.p for d in alone if d.p is not None])
+    p_equivalence = holm([d.p_equivalence for d in alone if d.p_equivalence is not None])
+    adjusted = iter(zip(p, p_equivalence, strict=True))
+    return tuple(d if d.p is None else _adjusted(d, *next(adjusted), tested=len(p)) for d in alone)
 
 
-def paired_difference(recipe: Sequence[float], first: Sequence[float]) -> Difference:
-    """The mean of `recipe - first` over seeds with its paired t interval, judged as the only recipe.
+def paired_difference(recipe: Sequence[float], first: Sequence[float], *, margin: float = MARGIN) -> Difference:
+    """Return the mean of `recipe - first` over seeds with its paired t interval, judged as the only recipe.
 
     Raises:
-        Misuse: the two differ in length, are empty, or hold a value that is not finite.
+        Misuse: the two differ in length, are empty, or hold a value that is not finite or beyond 1e100; the margin is
+            not above 0 and finite.
     """
+    return compare_with_first([first, recipe], margin=margin)[0]
+
+
+def check_margin(margin: float) -> float:
+    """Return the margin; raise Misuse unless it is above 0 and finite."""
+    if not 0 < margin < math.inf:
+        raise Misuse(f"margin must be above 0 and finite (nats per token), got {margin:g}")
+    return margin
+
+
+def _difference(recipe: Sequence[float], first: Sequence[float], margin: float) -> Difference:
+    """Return the difference with its tests, not yet adjusted for the number of recipes."""
     a, b = np.asarray(recipe, dtype=np.float64), np.asarray(first, dtype=np.float64)
     _check_pairs(a, b)
     by_seed = a - b
-    seeds = len(by_seed)
-    deviation = float(by_seed.std(ddof=1)) if seeds > 1 else None
-    interval = p = minimum_detectable = None
-    if deviation is not None and seeds >= MIN_SEEDS and not _is_rounding(deviation, a, b):
-        test = stats.ttest_rel(a, b)
-        low, high = test.confidence_interval(CONFIDENCE)
-        interval, p = (float(low), float(high)), float(test.pvalue)
-        minimum_detectable = minimum_detectable_effect(deviation, seeds)
-    difference = Difference(
+    deviation = float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
+    found = Difference(
         by_seed=tuple(by_seed.tolist()),
         mean=float(by_seed.mean()),
         deviation=deviation,
-        interval=interval,
-        p=p,
+        interval=None,
+        p=None,
         p_holm=None,
-        minimum_detectable=minimum_detectable,
-        verdict="not answered",
+        minimum_detectable=None,
+        verdict="not answered" if len(by_seed) >= MIN_SEEDS else "too few seeds to rank",
+        margin=margin,
     )
-    return _judged(difference, p)
+    if deviation is None or len(by_seed) < MIN_SEEDS or _is_rounding(deviation, a, b):
+        return found
+    test = stats.ttest_rel(a, b)
+    low, high = test.confidence_interval(CONFIDENCE)
+    p_equivalence = equivalence_p(by_seed, margin)
+    return replace(found, interval=(float(low), float(high)), p=float(test.pvalue), p_equivalence=float(p_equivalence))
+
+
+def equivalence_p(
+    by_seed: Float[np.ndarray, "*studies seeds"], margin: float
+) -> Float[np.ndarray, "*studies"] | np.float64:
+    """Return the p-value of two one-sided t tests: below alpha, the true mean lies between -margin and margin.
+
+    Source: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power approach", J.
+    Pharmacokinet. Biopharm. 15: both hypotheses, mean <= -margin and mean >= margin, must be rejected.
+    """
+    above = stats.ttest_1samp(by_seed, -margin, axis=-1, alternative="greater").pvalue
+    below = stats.ttest_1samp(by_seed, margin, axis=-1, alternative="less").pvalue
+    return np.maximum(above, below)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -118,47 +158,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def minimum_detectable_effect(deviation: float, seeds: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The true difference that a two-sided paired t test finds with probability `power`, in the deviation's unit.
-
-    Args:
-        deviation: standard deviation of the paired differences. Taken from the same few seeds it is itself uncertain.
-        seeds: number of pairs, at least 2.
-        alpha: the test's level, before any adjustment for the number of recipes.
-        power: between `alpha` and 1.
-
-    Source: the noncentral t distribution of the paired t statistic, with noncentrality effect * sqrt(seeds) /
-    deviation.
-    """
-    if seeds < 2:
-        raise Misuse(f"a minimum detectable effect needs at least 2 seeds, got {seeds}")
-    return _noncentrality(seeds - 1, alpha, power) * deviation / math.sqrt(seeds)
-
-
-@cache
-def _noncentrality(freedom: int, alpha: float, power: float) -> float:
-    """The noncentrality at which the t test with that many degrees of freedom has that power."""
-    critical = stats.t.isf(alpha / 2, freedom)
-    # The other tail (a large effect found with the wrong sign) is below 1e-4 at any power worth asking for.
-    missing_power = lambda noncentrality: stats.nct.sf(critical, freedom, noncentrality) - power
-    return float(optimize.root_scalar(missing_power, bracket=(0.0, 2 * critical + 5)).root)
-
-
 def verdict(difference: Difference) -> Verdict:
-    """What the seeds allow to be said of the recipe against the first.
+    """Return what the seeds allow to be said of the recipe against the first. The first rule that applies decides.
 
-    "better" and "worse" need all of: three seeds, a Holm-adjusted p below 0.05 (which implies a 95 % interval without
-    zero), and a mean at least as large as the minimum detectable effect. The last is the strictest for few seeds: it
-    asks the t statistic for the value that a test with 80 % power expects, so that a difference which such a study
-    would mostly have missed is not claimed.
+    1. Fewer than three seeds: "too few seeds to rank".
+    2. The Holm-adjusted p of the paired t test is below 0.05: "better" or "worse", by the sign of the mean. The
+       difference may still be shown to be below the margin (`within_margin`): real, and not worth having.
+    3. The Holm-adjusted p of the equivalence test is below 0.05: "equivalent".
+    4. "not answered".
+
+    So where no recipe differs, at most 5 % of comparisons call any recipe better or worse; and where every recipe
+    differs by the margin, at most 5 % find any of them within it.
     """
     if len(difference.by_seed) < MIN_SEEDS:
         return "too few seeds to rank"
-    if difference.interval is None or difference.p_holm is None or difference.minimum_detectable is None:
-        return "not answered"
-    if difference.p_holm >= ALPHA or abs(difference.mean) < difference.minimum_detectable:
-        return "not answered"
-    return "better" if difference.mean < 0 else "worse"
+    if difference.p_holm is not None and difference.p_holm < ALPHA:
+        return "better" if difference.mean < 0 else "worse"
+    return "equivalent" if difference.within_margin else "not answered"
 
 
 def document_bootstrap(
@@ -214,9 +230,18 @@ def _per_token(
     return nll.sum(axis=axis) / tokens.sum(axis=axis)
 
 
-def _judged(difference: Difference, p_holm: float | None) -> Difference:
-    adjusted = replace(difference, p_holm=p_holm)
-    return replace(adjusted, verdict=verdict(adjusted))
+def _adjusted(found: Difference, p_holm: float, p_equivalence_holm: float, *, tested: int) -> Difference:
+    """Return the difference as one of `tested` that were tested, with its verdict."""
+    assert found.deviation is not None
+    seeds, alpha = len(found.by_seed), ALPHA / tested
+    found = replace(
+        found,
+        p_holm=p_holm,
+        p_equivalence_holm=p_equivalence_holm,
+        minimum_detectable=minimum_detectable_effect(found.deviation, seeds, alpha=alpha),
+        minimum_margin=minimum_margin(found.deviation, seeds, alpha=alpha),
+    )
+    return replace(found, verdict=verdict(found))
 
 
 def _is_rounding(deviation: float, a: Float[np.ndarray, " seeds"], b: Float[np.ndarray, " seeds"]) -> bool:
@@ -229,5 +254,5 @@ def _check_pairs(a: Float[np.ndarray, "..."], b: Float[np.ndarray, "..."]) -> No
         raise Misuse(
             f"paired values must be two lists of the same length, at least 1, got shapes {a.shape} and {b.shape}"
         )
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise Misuse("paired values must be finite")
+    if not (np.abs([a, b]) <= _LARGEST).all():
+        raise Misuse(f"paired values must be finite, and at most {_LARGEST:g} in size")

@@ -10,12 +10,12 @@ from moestro.statistics import Difference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One recipe's difference: its mean, seeds, interval and the band in which it would not count."""
+    """One recipe's difference: its mean, seeds, interval and the band in which it would not be worth having."""
 
     mean: float
     seeds: tuple[float, ...]
     interval: tuple[float, float] | None  # left end and width
-    noise: tuple[float, float] | None  # left end and width; the minimum detectable effect to both sides of zero
+    margin: tuple[float, float] | None  # left end and width: the margin to both sides of zero, cut at the edges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Forest:
     bars: tuple[Bar | None, ...]
     ticks: tuple[tuple[float, str], ...]
     has_interval: bool
+    margin: str  # what the bands are, empty without one
 
 
 def forest(comparison: Comparison) -> Forest:
@@ -37,6 +38,7 @@ def forest(comparison: Comparison) -> Forest:
         bars=tuple(None if d is None else _bar(d, edge) for d in found),
         ticks=tuple((_position(i * tick, edge), signed(i * tick, decimals)) for i in range(-2, 3)),
         has_interval=any(d is not None and d.interval is not None for d in found),
+        margin=next((f"{d.margin:g}" for d in found if d is not None and d.margin is not None), ""),
     )
 
 
@@ -45,14 +47,13 @@ def _bar(found: Difference, edge: float) -> Bar:
         mean=_position(found.mean, edge),
         seeds=tuple(_position(value, edge) for value in found.by_seed),
         interval=_stretch(*found.interval, edge) if found.interval else None,
-        noise=_stretch(-found.minimum_detectable, found.minimum_detectable, edge) if found.minimum_detectable else None,
+        margin=_stretch(-margin, margin, edge) if (margin := min(found.margin or 0.0, edge)) else None,
     )
 
 
 def _reach(found: Difference) -> float:
-    """The largest absolute value that the bar shows."""
-    ends = (*found.by_seed, *(found.interval or ()), found.minimum_detectable or 0.0)
-    return max(abs(end) for end in ends)
+    """The largest absolute value that the bar must show."""
+    return max(abs(end) for end in (*found.by_seed, *(found.interval or ())))
 
 
 def _tick(reach: float) -> float:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from moestro.comparison import Comparison, RecipeResult, Sweep
 from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
-from moestro.statistics import ALPHA, MIN_SEEDS, Difference, Verdict
+from moestro.statistics import MIN_SEEDS, Difference, Verdict
 
 
 def headline(comparison: Comparison) -> str:
@@ -18,15 +18,20 @@ def headline(comparison: Comparison) -> str:
         return f"Too few seeds to rank: {seeds} of the {MIN_SEEDS} that it takes"
     better = _with_verdict(others, "better")
     worse = [result.name for result in _with_verdict(others, "worse")]
-    if len(better) == 1 and better[0].difference:
-        size = fixed(-better[0].difference.mean, decimals_of(comparison))
-        return f"{better[0].name} beats {first.name} by {size} nats per token"
+    if len(better) == 1 and (found := better[0].difference):
+        size = fixed(-found.mean, decimals_of(comparison))
+        little = f", less than the margin of {found.margin:g}" if found.within_margin else ""
+        return f"{better[0].name} beats {first.name} by {size} nats per token{little}"
     if better:
         return f"{_listed([result.name for result in better])} beat {first.name} on held-out text"
     if len(worse) == len(others):
         return f"{first.name} beats {_listed(worse)} on held-out text"
     if worse:
         return f"Nothing beats {first.name}; {_listed(worse)} {_is(worse)} worse"
+    equivalent = _with_verdict(others, "equivalent")
+    if equivalent and (found := equivalent[0].difference):
+        names = _listed([result.name for result in equivalent])
+        return f"{names} and {first.name} are equivalent: they differ by less than {found.margin:g} nats per token"
     return f"No difference from {first.name} stands out of the noise of {seeds} seeds"
 
 
@@ -106,34 +111,67 @@ def difference(comparison: Comparison, result: RecipeResult) -> str:
 
 
 def reason(comparison: Comparison, found: Difference) -> str:
-    """Why the verdict is not "better" or "worse"; empty where it is."""
+    """Why the verdict is what it is; empty where "better" or "worse" says all."""
     if found.verdict == "too few seeds to rank":
         return f"an interval takes {MIN_SEEDS} seeds"
-    if found.verdict != "not answered":
-        return ""
-    if found.interval is None or found.p_holm is None or found.minimum_detectable is None:
+    if found.p_holm is None:
         return "every seed gave the same difference, which says nothing about noise"
-    if found.interval[0] <= 0 <= found.interval[1]:
-        return "the interval includes zero"
-    if found.p_holm >= ALPHA:
-        return f"p = {fixed(found.p_holm, 2)} after Holm's correction for the number of recipes"
-    least = fixed(found.minimum_detectable, decimals_of(comparison))
-    return f"below {least}, the least that this study would reliably find"
+    if found.verdict == "not answered":
+        p = " and ".join(fixed(p, 2) for p in (found.p_holm, found.p_equivalence_holm) if p is not None)
+        shown = (
+            "no difference"
+            if found.margin is None
+            else f"neither a difference nor equivalence within {found.margin:g} nats"
+        )
+        return f"{shown} is shown (p = {p}{_adjusted(comparison)})"
+    if found.verdict == "equivalent":
+        return f"the true difference is below the margin of {found.margin:g} nats"
+    return f"by less than the margin of {found.margin:g} nats" if found.within_margin else ""
 
 
 def noise(comparison: Comparison, result: RecipeResult) -> str:
-    """What size of difference this comparison could not have told from noise."""
-    found = result.difference
+    """What size of difference, and what margin, a comparison of this size resolves."""
+    found, first = result.difference, comparison.recipes[0].name
     if found is None:
         return ""
     decimals = decimals_of(comparison)
-    if found.minimum_detectable is not None:
-        size = fixed(found.minimum_detectable, decimals)
-        return f"A true difference smaller than {size} nats would be missed more than one time in five."
+    if found.minimum_detectable is not None and found.minimum_margin is not None:
+        effect, margin = fixed(found.minimum_detectable, decimals), fixed(found.minimum_margin, decimals)
+        said = f"A new study of this size finds a true difference of {effect} nats four times in five, and "
+        said += f"an equal recipe to lie within {margin} nats of {first} as often"
+        return f"{said}; more often if the same is true of other recipes." if _tested(comparison) > 1 else f"{said}."
     if found.verdict == "too few seeds to rank":
         by_seed = ", ".join(signed(value, decimals) for value in found.by_seed)
         return f"By seed: {by_seed}. How much of it is noise takes {MIN_SEEDS} seeds to say."
     return "Every seed gave the same difference: the seeds varied nothing, and noise cannot be told."
+
+
+def rule(comparison: Comparison) -> str:
+    """How verdicts come about, and how often they are wrong."""
+    margins = [r.difference.margin for r in comparison.recipes if r.difference and r.difference.margin is not None]
+    margin = f" of {margins[0]:g} nats" if margins else ""
+    several = _tested(comparison) > 1
+    of_any, adjusted = (" of any recipe", ", adjusted over recipes by Holm's method,") if several else ("", "")
+    share = "at most 5 %" if several else "5 %"
+    return (
+        f"A recipe is better or worse if the p-value of the paired t test over seeds{adjusted} is below 0.05: where no "
+        f"recipe differs, {share} of comparisons claim a difference{of_any}. Otherwise it is equivalent if two "
+        f"one-sided t tests at the same level{adjusted} show that the true difference is below the margin{margin}: "
+        f"this is claimed{of_any} by at most 5 % of comparisons where the true difference is the margin or more."
+    )
+
+
+def beside_intervals(comparison: Comparison) -> str:
+    """Where an interval and the verdict beside it may seem to disagree."""
+    said = (
+        "The 95 % interval of an equivalent recipe may reach beyond the margin: the two one-sided tests are a 90 % one."
+    )
+    if _tested(comparison) < 2:
+        return said
+    unadjusted = (
+        "Intervals are not adjusted for the number of recipes: one without zero may stand beside “not answered”."
+    )
+    return f"{said} {unadjusted}"
 
 
 def decimals_of(comparison: Comparison) -> int:
@@ -145,6 +183,15 @@ def _spread(found: Difference) -> float:
     if found.interval is not None:
         return (found.interval[1] - found.interval[0]) / 2
     return max(map(abs, found.by_seed))  # their mean may be next to nothing by cancelling
+
+
+def _tested(comparison: Comparison) -> int:
+    """How many recipes the p-values are adjusted for."""
+    return sum(r.difference is not None and r.difference.p is not None for r in comparison.recipes)
+
+
+def _adjusted(comparison: Comparison) -> str:
+    return " by Holm's method" if _tested(comparison) > 1 else ""
 
 
 def _with_verdict(results: list[RecipeResult], verdict: Verdict) -> list[RecipeResult]:

@@ -12,7 +12,13 @@ from moestro.report.numbers import fixed
 from moestro.report.printing import in_parts, line, table, text
 from moestro.report.summary import DomainRow, Row, domain_rows, rows
 
-_STYLES = {"better": "green", "worse": "red", "not answered": "dim", "too few seeds to rank": "dim"}
+_STYLES: dict[str, str] = {
+    "better": "green",
+    "worse": "red",
+    "equivalent": "cyan",
+    "not answered": "dim",
+    "too few seeds to rank": "dim",
+}
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -39,6 +45,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         in_parts(console, lambda part: _domain_table(console, names, domains, part), len(names))
     for result in comparison.recipes[1:]:
         _print_verdict(console, comparison, result)
+    if any(result.difference and result.difference.interval for result in comparison.recipes):
+        line(console, f"{sentences.rule(comparison)} {sentences.beside_intervals(comparison)}", "dim")
 
 
 def _results_table(console: Console, results: Sequence[Row]) -> Table:
