@@ -247,11 +247,11 @@ def test_evaluation_and_generation_add_nothing():
 
 
 @pytest.mark.parametrize("name", ["balance", "router_z", "bias_rate"])
-@pytest.mark.parametrize("value", [-1.0, float("nan")])
-def test_bad_weights(name: str, value: float):
+@pytest.mark.parametrize(("value", "words"), [(-1.0, "at least 0"), (float("nan"), "a number of at least 0")])
+def test_bad_weights(name: str, value: float, words: str):
     with pytest.raises(Misuse) as error:
         AuxLosses(**{name: value})
-    assert str(error.value) == f"{name} must be 0 or more, got {value}"
+    assert str(error.value) == f"{name} must be {words}, got {value}"
 
 
 def test_attach_refuses_what_cannot_work():

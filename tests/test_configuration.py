@@ -25,8 +25,8 @@ ROUTED = {"num_experts": 4, "top_k": 2, "width": 16}
         (ROUTED | {"top_k": 5}, "top_k must lie between 1 and num_experts (4), got 5"),
         (ROUTED | {"num_experts": 0}, "num_experts must be at least 1, got 0"),
         (ROUTED | {"width": 12}, "width of an expert must be a multiple of 8, got 12"),
-        (ROUTED | {"width": 0}, "width of an expert must be a multiple of 8, got 0"),
-        (ROUTED | {"num_shared": -1}, "num_shared must be 0 or more, got -1"),
+        (ROUTED | {"width": 0}, "width must be at least 1, got 0"),
+        (ROUTED | {"num_shared": -1}, "num_shared must be at least 0, got -1"),
         (ROUTED | {"num_shared": 1, "shared_width": 0}, "shared_width must be at least 1, got 0"),
         (ROUTED | {"mix": "mean"}, "mix must be sum or convex, got 'mean'"),
         (ROUTED | {"mix": "convex"}, "mix = convex needs a shared expert: num_shared must be at least 1, got 0"),
@@ -36,7 +36,7 @@ ROUTED = {"num_experts": 4, "top_k": 2, "width": 16}
             "unknown field 'tok_k' in a router; it takes num_groups, renormalise, scale, scores, selection_bias, "
             "top_groups",
         ),
-        (ROUTED | {"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        (ROUTED | {"top_k": 1.5}, "top_k must be a whole number of at least 1 and at most 65,536, got 1.5"),
         ({"num_experts": 4, "width": 16}, "a moe sub-layer must have top_k, got num_experts, width"),
         ({"kind": "dense"}, "a dense sub-layer must have width, got kind"),
         ({"kind": "dense", "width": 0}, "width must be at least 1, got 0"),
@@ -57,7 +57,7 @@ def test_sub_layers_that_cannot_work_are_refused(changes, message, unchecked):
     [
         ({"num_hidden_layers": 3}, "feed_forward must list num_hidden_layers (3) blocks, got 2"),
         ({"num_key_value_heads": 3}, "num_key_value_heads must divide num_attention_heads (4), got 3"),
-        ({"num_key_value_heads": 0}, "num_key_value_heads must divide num_attention_heads (4), got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads must be at least 1, got 0"),
         ({"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 3},

@@ -94,7 +94,7 @@ def test_fields_that_only_go_together_are_set_together(fields):
     [
         ("smoe+compete:start=0.5,end=0.2", "start and end must be shares of a run"),
         ("smoe+compete:start_step=100", "start_step and end_step are set by start and end"),
-        ("smoe+compete:rate=2", "rate must be above 0 and at most 1, got 2.0"),
+        ("smoe+compete:rate=2", "rate must be at most 1, got 2.0"),
         ("smoe+compete:response=loud", "response must be one of"),
         ("smoe:compete=true", r"compete is set by a variant, as in smoe\+compete, got 'true'"),
         ("smoe:distillation=0.1", "set compete"),

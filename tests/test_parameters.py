@@ -43,7 +43,7 @@ def test_groups_hold_every_trainable_parameter_once():
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
     assert rates == {"router, decayed": (1e-4, 0.5), "experts, decayed": (2e-3, 0.5)}
-    with pytest.raises(Misuse, match="router must be 0 or more, got -1"):
+    with pytest.raises(Misuse, match="router must be at least 0, got -1"):
         parameter_groups(model, 1e-3, router=-1.0)
 
 

@@ -228,7 +228,7 @@ def test_shapes_are_checked_in_tests():
         ({}, 0, "top_k must lie between 1 and num_experts (4), got 0"),
         ({"scores": "relu"}, 1, "scores must be softmax or sigmoid, got 'relu'"),
         ({"num_groups": 3}, 1, "num_groups must divide num_experts (4), got 3"),
-        ({"num_groups": 0}, 1, "num_groups must divide num_experts (4), got 0"),
+        ({"num_groups": 0}, 1, "num_groups must be at least 1, got 0"),
         ({"num_groups": 2, "top_groups": 3}, 1, "top_groups must lie between 1 and num_groups (2), got 3"),
         ({"num_groups": 2}, 3, "top_k must not exceed the 2 experts in top_groups (1), got 3"),
         ({"scale": 0.0}, 1, "scale must be above 0, got 0.0"),

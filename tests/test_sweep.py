@@ -112,21 +112,21 @@ def test_with_equal_flops_each_recipe_is_screened_on_its_own_tokens():
 
 
 @pytest.mark.parametrize(
-    ("grid", "message"),
+    ("options", "message"),
     [
-        (Grid(learning_rates=()), "at least one learning rate"),
-        (Grid(learning_rates=(1e-3, 0.0)), "above 0 and finite, got 0"),
-        (Grid(learning_rates=(1e-3, float("inf"))), "above 0 and finite, got inf"),
-        (Grid(learning_rates=(1e-3, float("nan"))), "above 0 and finite, got nan"),
-        (Grid(learning_rates=(1e-3, 2e-3, 1.0000001e-3)), "must differ within six digits, got 0.001 twice"),
-        (Grid(learning_rates=(1e-3,), seed=1), "must not be one of the comparison's, got 1"),
-        (Grid(learning_rates=(1e-3,), seed=-1), "a seed must be at least 0, got -1"),
-        (Grid(learning_rates=(1e-3,), tokens=100), r"sweep_tokens must be at least batch_tokens \(2048\), got 100"),
+        ({"learning_rates": ()}, "at least one learning rate"),
+        ({"learning_rates": (1e-3, 0.0)}, "learning_rates must be a tuple whose items are above 0"),
+        ({"learning_rates": (1e-3, float("inf"))}, "items are a number above 0"),
+        ({"learning_rates": (1e-3, float("nan"))}, "items are a number above 0"),
+        ({"learning_rates": (1e-3, 2e-3, 1.0000001e-3)}, "must differ within six digits, got 0.001 twice"),
+        ({"learning_rates": (1e-3,), "seed": 1}, "must not be one of the comparison's, got 1"),
+        ({"learning_rates": (1e-3,), "seed": -1}, "seed must be at least 0, got -1"),
+        ({"learning_rates": (1e-3,), "tokens": 100}, r"sweep_tokens must be at least batch_tokens \(2048\), got 100"),
     ],
 )
-def test_a_grid_that_cannot_work_is_refused(grid: Grid, message: str):
+def test_a_grid_that_cannot_work_is_refused(options: dict, message: str):
     with pytest.raises(Misuse, match=message):
-        plan(RECIPES, seeds=range(3), grid=grid)
+        plan(RECIPES, seeds=range(3), grid=Grid(**options))
 
 
 def test_tokens_of_a_sweep_and_equal_flops_exclude_each_other():

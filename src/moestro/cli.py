@@ -19,6 +19,7 @@ from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.preparation import PreparedData, prepare
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.loading import load_model
+from moestro.gate.ranges import Bytes, Range, Seed, check, check_fields
 from moestro.gate.visible import one_line
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
@@ -55,10 +56,13 @@ class DataFlags:
     """Column that holds the text in .jsonl, .csv and .parquet; a+b joins two."""
     tokenizer: str | None = None
     """Folder or name of a tokenizer of transformers. Default: a byte-level BPE trained on the text."""
-    max_bytes: int | None = None
+    max_bytes: Bytes | None = None
     """Use at most this much of each domain."""
-    max_held_out_bytes: int | None = None
+    max_held_out_bytes: Bytes | None = None
     """Hold out at most this much of each domain. Default: 5 % of it, at most 256 KiB."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def prepare(self, recipe: Recipe) -> PreparedData:
         """The data for one recipe."""
@@ -170,6 +174,7 @@ def train(
         seed: Of initial weights and data order.
         export_stock: Save the finished model as its stock transformers sibling too, where it has one.
     """
+    check("seed", seed, Seed)
     chosen = recipe_flags.recipe(recipe)
     if run_flags.dry_run:
         print_costs(estimates([chosen]), "1 run")
@@ -212,8 +217,9 @@ def compare(
         allow_unequal: Compare although budgets differ, and mark the table.
         margin: Nats per token: recipes shown to differ by less are called equivalent.
     """
-    if seeds < 0:
-        raise Misuse(f"seeds must be at least 0, got {seeds}")
+    check("seeds", seeds, Annotated[int, Range(at_least=0, at_most=1_000)])
+    check("first_seed", first_seed, Seed)
+    check("first_seed and the seeds after it", first_seed + max(seeds, 1) - 1, Seed)
     chosen = [recipe_flags.recipe(spec) for spec in recipes]
     the_plan = plan_comparison(
         chosen,

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import Positive, Seed, check
 from moestro.randomness import content, hashed, number_of
 from moestro.routing import Proposal, Reroute, Routing
 
@@ -58,14 +59,15 @@ def replace_at_random(count: int = 1, seed: int = 0) -> Reroute:
 
 def add_noise(scale: float, seed: int = 0) -> Reroute:
     """Gaussian noise on each token's logits, of `scale` times their standard deviation over experts."""
-    if not scale > 0:
-        raise Misuse(f"the scale of noise must be above 0, got {scale}")
+    check("the scale of noise", scale, Positive)
+    check("seed", seed, Seed)
     return lambda proposal: proposal.select(noise=scale * random_normal(proposal, seed))
 
 
 def check_count(count: int, proposal: Proposal) -> int:
     """The number of experts of each token, of which `count` must be some; else Misuse."""
     top_k = proposal.routing.expert.shape[1]
+    check("count", count, int)
     if not 1 <= count <= top_k:
         raise Misuse(f"count must lie between 1 and top_k ({top_k}) of {proposal.layer.name}, got {count}")
     return top_k

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import Experts, Positive, check_fields
 from moestro.routing import Routing
 
 EPS = 1e-20
@@ -30,23 +31,24 @@ class RouterRule:
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
     """Whether a token's weights are divided by their sum."""
-    scale: float = 1.0
+    scale: Positive = 1.0
     """Factor on the weights after that ("routed scaling factor")."""
     selection_bias: bool = False
     """Whether a bias, moved between steps by `moestro.balance`, is added to the scores for selection (never to the
     weights).
     """
-    num_groups: int = 1
-    top_groups: int = 1
+    num_groups: Experts = 1
+    top_groups: Experts = 1
     """Experts come from the best `top_groups` of `num_groups` equal groups; a group's score sums its two best."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def validate(self, num_experts: int, top_k: int) -> None:
         """Raise Misuse unless this rule can choose `top_k` of `num_experts`."""
-        if self.scores not in ("softmax", "sigmoid"):
-            raise Misuse(f"scores must be softmax or sigmoid, got {self.scores!r}")
         if not 1 <= top_k <= num_experts:
             raise Misuse(f"top_k must lie between 1 and num_experts ({num_experts}), got {top_k}")
-        if self.num_groups < 1 or num_experts % self.num_groups:
+        if num_experts % self.num_groups:
             raise Misuse(f"num_groups must divide num_experts ({num_experts}), got {self.num_groups}")
         if not 1 <= self.top_groups <= self.num_groups:
             raise Misuse(f"top_groups must lie between 1 and num_groups ({self.num_groups}), got {self.top_groups}")
@@ -55,8 +57,6 @@ class RouterRule:
             raise Misuse(
                 f"top_k must not exceed the {reachable} experts in top_groups ({self.top_groups}), got {top_k}"
             )
-        if not self.scale > 0:
-            raise Misuse(f"scale must be above 0, got {self.scale}")
 
 
 def simplex(logits: Float[Tensor, "tokens experts"], scores: str) -> Float[Tensor, "tokens experts"]:

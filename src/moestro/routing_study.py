@@ -9,6 +9,7 @@ import torch
 
 import moestro
 from moestro.errors import Misuse
+from moestro.gate.ranges import BatchTokens, Length, check_fields
 from moestro.inspection import Checkpoint, Conditions, Finding, RoutingStudy, Text, stored_dtype, study
 from moestro.records import write_record
 from moestro.report.routing_report import write_routing_report
@@ -23,15 +24,18 @@ class Running:
 
     tokenizer: str | None = None
     """Folder or name of a tokenizer of transformers. Default: each checkpoint's own."""
-    sequence_length: int | None = None
+    sequence_length: Length | None = None
     """Default: 512, or what the model can take."""
-    batch_tokens: int = 4096
+    batch_tokens: BatchTokens = 4096
     """Tokens that run at once; MaxVio within a batch depends on it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the computation. auto: bfloat16 where this machine gains by it."""
     robustness: bool = False
     """Also run the text with each token's first expert disabled, in every layer singly and in all, with random experts
     in its place, and with noise on the router's logits: one pass for each."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def study_routing(

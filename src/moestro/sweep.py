@@ -4,7 +4,6 @@ A comparison at one learning rate favours the recipe that it was tuned on. Scree
 choice of the rate out of the paired differences.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from moestro.comparison import Run, Screened, Sweep
 from moestro.errors import Misuse, TrainingFailed
+from moestro.gate.ranges import Positive, Seed, Tokens, check_fields
 from moestro.records import write_atomically
 from moestro.training.recipe import Recipe
 
@@ -23,18 +23,18 @@ FAILED = "failed.txt"
 class Grid:
     """What every recipe is screened with."""
 
-    learning_rates: tuple[float, ...]
-    seed: int = 1000
-    tokens: int | None = None
+    learning_rates: tuple[Positive, ...]
+    seed: Seed = 1000
+    tokens: Tokens | None = None
     """Training tokens of each screening run; None: as many as the comparison's."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def validate(self, recipes: Sequence[Recipe], seeds: Sequence[int], match: str) -> None:
         """Raise Misuse unless it is a grid that these recipes can run, and its seed stays out of the comparison."""
         if not self.learning_rates:
             raise Misuse("a sweep needs at least one learning rate")
-        for rate in self.learning_rates:
-            if not 0 < rate < math.inf:
-                raise Misuse(f"learning rates of a sweep must be above 0 and finite, got {rate:g}")
         names = [f"{rate:g}" for rate in self.learning_rates]
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise Misuse(f"learning rates of a sweep must differ within six digits, got {twice} twice")

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.competition import Compete
 from moestro.errors import Misuse, TrainingFailed
+from moestro.gate.ranges import Number, Positive, Weight, check_fields
 from moestro.losses import DistillationForm, DiversityForm, OrthogonalityForm, VarianceForm
 from moestro.routing import MoELayer
 
@@ -51,36 +52,36 @@ class AuxLosses:
     A loss of weight 0 is not computed.
     """
 
-    balance: float = 0.0
+    balance: Weight = 0.0
     balance_over: Over = "sequence"
-    orthogonality: float = 0.0
+    orthogonality: Weight = 0.0
     orthogonality_form: OrthogonalityForm = "cosine"
     """cosine and weighted are blind to the length of outputs. projection (the paper's) and span are in squared units of
     it: use them with scaling = relative, as the paper does."""
-    variance: float = 0.0
+    variance: Weight = 0.0
     variance_over: Over = "lagged"
     variance_form: VarianceForm = "column"
-    variance_cap: float | None = None
+    variance_cap: Positive | None = None
     """Tokens whose scores are at least this squared distance from the mean are decided enough (at most 1)."""
-    router_z: float = 0.0
-    router_orthogonality: float = 0.0
-    simbal: float = 0.0
-    distillation: float = 0.0
+    router_z: Weight = 0.0
+    router_orthogonality: Weight = 0.0
+    simbal: Weight = 0.0
+    distillation: Weight = 0.0
     """How much the router learns from competition."""
     distillation_form: DistillationForm = "kl"
-    distillation_winners: float = 0.0
+    distillation_winners: Weight = 0.0
     """mse and relative-mse: extra weight on the winners."""
-    diversity: float = 0.0
+    diversity: Weight = 0.0
     """How much the winners of a token shall differ."""
     diversity_form: DiversityForm = "pairs"
     compete: Compete | None = None
     """When, where and how experts compete while the model trains; None: never."""
-    bias_rate: float = 0.0
+    bias_rate: Weight = 0.0
     """Loss-free balance: how far selection biases move per optimiser step; 0 leaves them."""
     scaling: Literal["weight", "relative"] = "weight"
     """relative: every loss is brought to the size that balance has in the first optimiser step, per layer, and then
     weighted. In that step itself only balance acts: its sizes are known at its end, whatever the cut of the batch."""
-    warmup_steps: int = 0
+    warmup_steps: Number = 0
     """Optimiser steps over which orthogonality and variance rise linearly to their weight."""
     mask_prompt: bool = False
     """Look only at tokens that predict a label; otherwise at all that are not padding."""
@@ -104,24 +105,7 @@ class AuxLosses:
     _attempt: Attempt = field(default_factory=lambda: Attempt([]), init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in (*LOSSES, "distillation_winners", "bias_rate", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise Misuse(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name, choice in (
-            ("balance_over", Over),
-            ("variance_over", Over),
-            ("orthogonality_form", OrthogonalityForm),
-            ("variance_form", VarianceForm),
-            ("distillation_form", DistillationForm),
-            ("diversity_form", DiversityForm),
-            ("scaling", Literal["weight", "relative"]),
-        ):
-            if getattr(self, name) not in get_args(choice):
-                raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
-        if self.variance_cap is not None and not self.variance_cap > 0:
-            raise Misuse(f"variance_cap must be above 0, got {self.variance_cap}")
-        if self.compete is not None and not isinstance(self.compete, Compete):
-            raise Misuse(f"compete must be a moestro.Compete, as in compete=moestro.Compete(), got {self.compete!r}")
+        check_fields(self)
         if self.compete is None and (self.distillation or self.diversity):
             raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
         if self.diversity and self.compete is not None and not self.compete.forward:

@@ -7,6 +7,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 
 from moestro.adapters.layers import inner_model, moe_layers
 from moestro.errors import Misuse
+from moestro.gate.ranges import Weight, check
 
 NOT_DECAYED = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]
 """Names that the Trainer does not decay."""
@@ -58,9 +59,8 @@ def parameter_groups(
     every group's own rate.
     """
     rates = {"router": router, "experts": experts, "rest": 1.0}
-    for part, rate in rates.items():
-        if not rate >= 0:
-            raise Misuse(f"{part} must be 0 or more, got {rate}")
+    for name, rate in (*rates.items(), ("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        check(name, rate, Weight)
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
     groups: dict[tuple[Part, bool], list[Tensor]] = {}
     part_of = parts(model)

@@ -1,8 +1,7 @@
 """What there is to choose about competition."""
 
 from dataclasses import dataclass
-from math import inf
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +11,7 @@ from moestro.competition.scaling import Scale
 from moestro.competition.schedule import number_competing, share_of_steps
 from moestro.competition.winners import Target, Weights
 from moestro.errors import Misuse
+from moestro.gate.ranges import Number, Positive, PositiveShare, Seed, Steps, Weight, check_fields
 
 By = Literal["tokens", "steps"]
 
@@ -25,11 +25,11 @@ class Compete:
     response_scale: Scale = "log"
     """What makes responses comparable between experts; log takes responses that are never negative (lengths are
     nearly log-normal)."""
-    balance_winners: float = 0.1
+    balance_winners: Weight = 0.1
     """How fast an offset per expert moves against what it won, so that all win about equally often and the router
     learns a balanced choice: per step in which a layer competes and 100 % of wins above the mean, in mean standard
     deviations of a token's strengths. It acts on target and shares too. 0: never."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of the target, and of the winners' softmax."""
     target: Target = "experts"
     forward: bool = True
@@ -41,45 +41,31 @@ class Compete:
     """Losses on the router's scores (balance, variance, z) reach the router from competing tokens too."""
     by: By = "tokens"
     """tokens: some of each sequence, in every layer and step. steps: all of them, in some layers and steps."""
-    rate: float = 1 / 32
+    rate: PositiveShare = 1 / 32
     """Share of the tokens that compete, rounded up in each sequence; or of the steps in which a layer does."""
-    max_layers: int | None = None
+    max_layers: Steps | None = None
     """By steps: at most so many layers compete in one."""
-    start_step: int = 0
-    end_step: int | None = None
+    start_step: Number = 0
+    end_step: Steps | None = None
     """Competition rests before the one, and from the other on."""
-    tie_break: float = 1e-3
+    tie_break: Weight = 1e-3
     """A random number up to this is added to scaled responses where winners are chosen: experts that are copies of
     each other, as after upcycling, win by chance."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.response, str) and self.response not in RESPONSES:
-            raise Misuse(f"response must be one of {', '.join(RESPONSES)}, got {self.response!r}")
-        for name, choice in (("response_scale", Scale), ("target", Target), ("weights", Weights), ("by", By)):
-            if getattr(self, name) not in get_args(choice):
-                raise Misuse(f"{name} must be one of {', '.join(get_args(choice))}, got {getattr(self, name)!r}")
         if not isinstance(self.response, str) and not callable(self.response):
             raise Misuse(f"response must be a name or a function of outputs, got {self.response!r}")
-        if not 0 < self.temperature < inf:
-            raise Misuse(f"temperature must be a number above 0, got {self.temperature}")
-        if not 0 < self.rate <= 1:
-            raise Misuse(f"rate must be above 0 and at most 1, got {self.rate}")
+        check_fields(self)
+        if isinstance(self.response, str) and self.response not in RESPONSES:
+            raise Misuse(f"response must be one of {', '.join(RESPONSES)}, got {self.response!r}")
         if self.max_layers is not None and self.by == "tokens":
             raise Misuse("max_layers is of competing steps: set by to steps, or max_layers to none")
-        if self.max_layers is not None and self.max_layers < 1:
-            raise Misuse(f"max_layers must be at least 1, got {self.max_layers}")
-        if not 0 <= self.balance_winners < inf:
-            raise Misuse(f"balance_winners must be a number of at least 0, got {self.balance_winners}")
         if self.balance_winners and self.response_scale not in ("standard", "log"):
             raise Misuse(
                 f"balance_winners needs response_scale = standard or log, got {self.response_scale}: set "
                 "balance_winners to 0"
             )
-        if not 0 <= self.tie_break < inf:
-            raise Misuse(f"tie_break must be a number of at least 0, got {self.tie_break}")
-        if self.start_step < 0:
-            raise Misuse(f"start_step must be 0 or more, got {self.start_step}")
         if self.end_step is not None and self.end_step <= self.start_step:
             raise Misuse(f"end_step must lie after start_step ({self.start_step}), got {self.end_step}")
         positive = callable(self.response) or self.response in POSITIVE

@@ -1,16 +1,34 @@
 """What a model is made of: `MoestroConfig`, and the sub-layers that its blocks list."""
 
 from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import (
+    BatchTokens,
+    Experts,
+    Heads,
+    Layers,
+    Positive,
+    Share,
+    SharedExperts,
+    Steps,
+    Vocabulary,
+    Weight,
+    Width,
+    check,
+    check_fields,
+)
+from moestro.gate.visible import said
 from moestro.routers import RouterRule
 
+Config = TypeVar("Config", bound=PreTrainedConfig)
 WIDTH_MULTIPLE = 8
 """Grouped matrix products need rows of a multiple of 16 bytes: 8 numbers in bf16, 4 in fp32."""
 
@@ -19,32 +37,33 @@ WIDTH_MULTIPLE = 8
 class Dense:
     """A dense SwiGLU feed-forward sub-layer."""
 
-    width: int
+    width: Width
     kind: Literal["dense"] = "dense"
 
-    def validate(self) -> None:
-        """Raise Misuse unless it can be built."""
-        if self.width < 1:
-            raise Misuse(f"width must be at least 1, got {self.width}")
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoE:
     """A mixture-of-experts sub-layer: routed SwiGLU experts, and shared ones that see every token."""
 
-    num_experts: int
-    top_k: int
-    width: int
+    num_experts: Experts
+    top_k: Experts
+    width: Width
     """Inner width of each routed expert."""
     router: RouterRule = field(default_factory=RouterRule)
-    num_shared: int = 0
-    shared_width: int | None = None
+    num_shared: SharedExperts = 0
+    shared_width: Width | None = None
     """Inner width of each shared expert; None: as the routed ones."""
     mix: Literal["sum", "convex"] = "sum"
     """How shared experts join: added up (DeepSeekMoE), or averaged and mixed in by a learned two-way softmax
     (CartesianMoE).
     """
     kind: Literal["moe"] = "moe"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def total_shared_width(self) -> int:
@@ -53,19 +72,8 @@ class MoE:
 
     def validate(self) -> None:
         """Raise Misuse unless it can be built."""
-        for name in ("num_experts", "top_k", "width", "num_shared"):
-            if not isinstance(getattr(self, name), int):
-                raise Misuse(f"{name} must be a whole number, got {getattr(self, name)!r}")
-        if self.num_experts < 1:
-            raise Misuse(f"num_experts must be at least 1, got {self.num_experts}")
-        if self.width < 1 or self.width % WIDTH_MULTIPLE:
+        if self.width % WIDTH_MULTIPLE:
             raise Misuse(f"width of an expert must be a multiple of {WIDTH_MULTIPLE}, got {self.width}")
-        if self.num_shared < 0:
-            raise Misuse(f"num_shared must be 0 or more, got {self.num_shared}")
-        if self.shared_width is not None and self.shared_width < 1:
-            raise Misuse(f"shared_width must be at least 1, got {self.shared_width}")
-        if self.mix not in ("sum", "convex"):
-            raise Misuse(f"mix must be sum or convex, got {self.mix!r}")
         if self.mix == "convex" and not self.num_shared:
             raise Misuse("mix = convex needs a shared expert: num_shared must be at least 1, got 0")
         self.router.validate(self.num_experts, self.top_k)
@@ -98,7 +106,8 @@ def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
         value = record(kind, value, f"{name} sub-layer")
     if not isinstance(value, Dense | MoE):
         raise Misuse(f"feed_forward must list Dense and MoE sub-layers for each block, got {value!r}")
-    value.validate()
+    if isinstance(value, MoE):
+        value.validate()
     return value
 
 
@@ -114,6 +123,43 @@ def record(kind: type, value: dict[str, Any], what: str) -> Any:
     return kind(**value)
 
 
+FIELDS: dict[str, Any] = {
+    "vocab_size": Vocabulary,
+    "hidden_size": Width,
+    "num_hidden_layers": Layers,
+    "num_attention_heads": Heads,
+    "num_key_value_heads": Heads | None,
+    "head_dim": Width | None,
+    "max_position_embeddings": BatchTokens,
+    "initializer_range": Weight,
+    "rms_norm_eps": Positive,
+    "attention_dropout": Share,
+    "sliding_window": Steps | None,
+    "qk_norm": bool,
+    "depth_scaled_init": bool,
+    "attention_bias": bool,
+    "composition": Composition,
+}
+"""What fields of `MoestroConfig` may hold, apart from the class: transformers' @strict does not take ranges."""
+
+
+def refusing_in_one_line(kind: type[Config]) -> type[Config]:
+    """Let a config check its ranges wherever a field is set, and raise Misuse for what @strict refuses."""
+    strictly = kind.__setattr__
+
+    def set_field(self: Config, name: str, value: Any) -> None:
+        if name in FIELDS:
+            check(name, value, FIELDS[name])
+        try:
+            strictly(self, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise Misuse(f"{name} cannot be set: {said(error.__cause__ or error)}") from error
+
+    kind.__setattr__ = set_field  # type: ignore[method-assign]
+    return kind
+
+
+@refusing_in_one_line
 @strict
 class MoestroConfig(PreTrainedConfig):
     """A decoder whose every block is attention and a list of pre-norm residual feed-forward sub-layers, dense or MoE.
@@ -179,8 +225,6 @@ class MoestroConfig(PreTrainedConfig):
 
     def check_composition(self) -> None:
         """Raise Misuse unless the sub-layers of each block can be composed as asked."""
-        if self.composition not in get_args(Composition):
-            raise Misuse(f"composition must be one of {', '.join(get_args(Composition))}, got {self.composition!r}")
         equal = EQUAL_WITHIN_A_BLOCK.get(self.composition, ())
         for index, block in enumerate(self.sub_layers):
             kinds = {tuple(getattr(spec, name) for name in equal) for spec in block if isinstance(spec, MoE)}
@@ -193,11 +237,9 @@ class MoestroConfig(PreTrainedConfig):
     def settle_attention(self) -> None:
         """Fill in what follows from other sizes of attention; raises Misuse where they do not fit together."""
         heads = self.num_attention_heads
-        if heads < 1:
-            raise Misuse(f"num_attention_heads must be at least 1, got {heads}")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads
-        if self.num_key_value_heads < 1 or heads % self.num_key_value_heads:
+        if heads % self.num_key_value_heads:
             raise Misuse(
                 f"num_key_value_heads must divide num_attention_heads ({heads}), got {self.num_key_value_heads}"
             )

@@ -7,11 +7,13 @@ from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import shown
+from moestro.gate.visible import shortened
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """` (did you mean ...?)` where something known is close to `name`, else nothing."""
-    close = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    close = get_close_matches(shortened(name, 100), list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
@@ -46,7 +48,7 @@ def named(paths: Sequence[tuple], name: str) -> list[tuple]:
     found = [path for path in paths if tuple(part for part in path if isinstance(part, str))[-len(wanted) :] == wanted]
     if not found:
         known = sorted({path[-1] for path in paths})
-        raise Misuse(f"unknown field {name!r}{nearest(wanted[-1], known)}; fields: {', '.join(known)}")
+        raise Misuse(f"unknown field {shown(name)}{nearest(wanted[-1], known)}; fields: {', '.join(known)}")
     return found
 
 
@@ -79,18 +81,18 @@ def parse(text: str, hint: Any, name: str) -> Any:
             return None
         (hint,) = [kind for kind in get_args(hint) if kind is not type(None)]
     if is_dataclass(hint):
-        raise Misuse(f"{name} is set by a variant, as in smoe+{name}, got {text!r}")
+        raise Misuse(f"{name} is set by a variant, as in smoe+{name}, got {shown(text)}")
     if get_origin(hint) is Literal:
         if text not in get_args(hint):
-            raise Misuse(f"{name} must be {' or '.join(map(str, get_args(hint)))}, got {text!r}")
+            raise Misuse(f"{name} must be {' or '.join(map(str, get_args(hint)))}, got {shown(text)}")
         return text
     if hint is bool:
         if text.lower() not in ("true", "false"):
-            raise Misuse(f"{name} must be true or false, got {text!r}")
+            raise Misuse(f"{name} must be true or false, got {shown(text)}")
         return text.lower() == "true"
     try:
         number = float(text) if hint is float else int(text) if hint is int else text
     except ValueError:
         kind = "a number" if hint is float else "a whole number"
-        raise Misuse(f"{name} must be {kind}, got {text!r}") from None
+        raise Misuse(f"{name} must be {kind}, got {shown(text)}") from None
     return number

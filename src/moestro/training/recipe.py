@@ -1,34 +1,55 @@
 """What a recipe is: a complete description of a training run but for data and seed, as a tree of plain values."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from moestro.adapters import AuxLosses
 from moestro.competition import Compete
 from moestro.errors import Misuse
+from moestro.gate.ranges import (
+    BatchTokens,
+    Decay,
+    Heads,
+    Layers,
+    Length,
+    Number,
+    Positive,
+    Range,
+    Share,
+    Tokens,
+    Vocabulary,
+    Weight,
+    Width,
+    check_fields,
+)
 from moestro.models.configuration import Composition, Dense, MoE, MoestroConfig, SubLayer
-from moestro.models.counting import all_experts_flops_per_token, training_flops_per_token
+from moestro.models.counting import all_experts_flops_per_token, count_parameters, training_flops_per_token
+
+MOST_PARAMETERS = 10**13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """The architecture."""
 
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_key_value_heads: int | None = None
+    vocab_size: Vocabulary
+    hidden_size: Width
+    num_layers: Layers
+    num_heads: Heads
+    num_key_value_heads: Heads | None = None
     block: tuple[SubLayer, ...]
     """Feed-forward sub-layers of a block."""
     composition: Composition = "serial"
     """How the sub-layers of a block relate."""
-    every: int = 1
+    every: Layers = 1
     """Every which block has `block`; the others are dense with `dense_width`. The last block always has it."""
-    dense_width: int = 0
+    dense_width: Annotated[int, Range(at_least=0, at_most=10**6)] = 0
     qk_norm: bool = True
     tie_embeddings: bool = True
     depth_scaled_init: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def num_moe_blocks(self) -> int:
@@ -39,6 +60,13 @@ class Model:
     def num_moe_layers(self) -> int:
         """MoE sub-layers of all blocks."""
         return sum(isinstance(spec, MoE) for spec in self.block) * self.num_moe_blocks
+
+    def validate(self, sequence_length: int) -> None:
+        """Raise Misuse unless it can be built somewhere."""
+        if self.every > self.num_layers:
+            raise Misuse(f"every must be at most num_layers ({self.num_layers}), got {self.every}")
+        if (total := count_parameters(self.config(sequence_length)).total) > MOST_PARAMETERS:
+            raise Misuse(f"a model must have at most {MOST_PARAMETERS:,} parameters, got {total:,}")
 
     def config(self, sequence_length: int, end_of_text: int | None = None) -> MoestroConfig:
         """The model's config; `end_of_text` is the id of the token that stands between documents."""
@@ -65,25 +93,28 @@ class Model:
 class Losses:
     """Auxiliary losses, as `moestro.AuxLosses` takes them."""
 
-    balance: float = 0.0
+    balance: Weight = 0.0
     balance_over: Literal["sequence", "batch", "lagged"] = "lagged"
-    orthogonality: float = 0.0
+    orthogonality: Weight = 0.0
     orthogonality_form: Literal["cosine", "weighted", "projection", "span"] = "cosine"
-    variance: float = 0.0
+    variance: Weight = 0.0
     variance_over: Literal["sequence", "batch", "lagged"] = "lagged"
     variance_form: Literal["column", "row"] = "column"
-    variance_cap: float | None = None
-    router_z: float = 0.0
-    router_orthogonality: float = 0.0
-    simbal: float = 0.0
-    distillation: float = 0.0
+    variance_cap: Positive | None = None
+    router_z: Weight = 0.0
+    router_orthogonality: Weight = 0.0
+    simbal: Weight = 0.0
+    distillation: Weight = 0.0
     distillation_form: Literal["kl", "mse", "relative-mse"] = "kl"
-    distillation_winners: float = 0.0
-    diversity: float = 0.0
+    distillation_winners: Weight = 0.0
+    diversity: Weight = 0.0
     diversity_form: Literal["pairs", "squares"] = "pairs"
-    bias_rate: float = 0.0
+    bias_rate: Weight = 0.0
     scaling: Literal["weight", "relative"] = "weight"
-    warmup_steps: int = 0
+    warmup_steps: Number = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +122,8 @@ class Competing(Compete):
     """Competition for a part of a run, as `moestro.AuxLosses` takes it but for that part."""
 
     response: str = "l2"
-    start: float = 0.0
-    end: float = 1.0
+    start: Share = 0.0
+    end: Share = 1.0
     """Competition rests before the one and after the other share of the steps."""
 
     def over(self, steps: int) -> Compete:
@@ -110,23 +141,24 @@ def fields_of(rule: Compete) -> dict[str, Any]:
 class Training:
     """Budget, optimiser and numerics."""
 
-    tokens: int
+    tokens: Tokens
     """Training tokens, rounded down to whole steps."""
-    batch_tokens: int = 2048
+    batch_tokens: BatchTokens = 2048
     """Tokens per optimiser step, over all micro-batches and devices."""
-    micro_batch_tokens: int | None = None
+    micro_batch_tokens: BatchTokens | None = None
     """Tokens that go through the model at once on one device; None: `batch_tokens` divided by the devices."""
-    sequence_length: int = 256
-    learning_rate: float = 3e-3
-    final_learning_rate: float = 0.1
+    sequence_length: Length = 256
+    learning_rate: Positive = 3e-3
+    final_learning_rate: Share = 0.1
     """Where the cosine ends, as a share of `learning_rate`."""
-    warmup: float = 0.1
+    warmup: Share = 0.1
     """Share of the steps that warm up linearly."""
-    weight_decay: float = 0.1
+    weight_decay: Weight = 0.1
     """On matrices only: norms, biases and embeddings are not decayed."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    max_grad_norm: float = 1.0
+    beta1: Decay = 0.9
+    beta2: Decay = 0.95
+    max_grad_norm: Weight = 1.0
+    """Longest gradient; a longer one is shortened to it. 0: never."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 (autocast over fp32 weights) where this machine gains from it by a measurement at start."""
     compile: bool = False
@@ -134,6 +166,9 @@ class Training:
     """Recompute activations in the backward pass (non-reentrant)."""
     block_diagonal: bool = False
     """Whether attention stays within documents of a packed row, with positions reset."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def steps(self) -> int:
@@ -152,6 +187,9 @@ class Recipe:
     losses: Losses = field(default_factory=Losses)
     compete: Competing | None = None
     training: Training
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def training_flops(self) -> int:
         """Of the run, per token at the training sequence length: forward, backward and competition's answers.
@@ -176,8 +214,6 @@ class Recipe:
     def validate(self) -> "Recipe":
         """Raise Misuse unless it can run."""
         t = self.training
-        if t.sequence_length < 2:
-            raise Misuse(f"sequence_length must be at least 2, got {t.sequence_length}")
         for name in ("batch_tokens", "micro_batch_tokens"):
             if (value := getattr(t, name)) is not None and (value < t.sequence_length or value % t.sequence_length):
                 raise Misuse(f"{name} must be a multiple of sequence_length ({t.sequence_length}), got {value}")
@@ -185,19 +221,13 @@ class Recipe:
             raise Misuse(f"micro_batch_tokens must divide batch_tokens ({t.batch_tokens}), got {t.micro_batch_tokens}")
         if t.steps < 1:
             raise Misuse(f"tokens must be at least batch_tokens ({t.batch_tokens}), got {t.tokens}")
-        if not t.learning_rate > 0:
-            raise Misuse(f"learning_rate must be above 0, got {t.learning_rate}")
-        if not 0 <= t.warmup <= 1:
-            raise Misuse(f"warmup must lie between 0 and 1, got {t.warmup}")
-        if t.dtype not in ("auto", "float32", "bfloat16"):
-            raise Misuse(f"dtype must be auto, float32 or bfloat16, got {t.dtype!r}")
         if self.losses.bias_rate and not any(
             isinstance(spec, MoE) and spec.router.selection_bias for spec in self.model.block
         ):
             raise Misuse("bias_rate needs a router with a selection bias, and this recipe has none: set it to 0")
         if self.compete is not None and (self.compete.start_step, self.compete.end_step) != (0, None):
             raise Misuse("start_step and end_step are set by start and end, as shares of the run")
-        if self.compete is not None and not 0 <= self.compete.start < self.compete.end <= 1:
+        if self.compete is not None and not self.compete.start < self.compete.end:
             raise Misuse(
                 f"start and end must be shares of a run, the one before the other, "
                 f"got {self.compete.start} and {self.compete.end}"
@@ -208,5 +238,5 @@ class Recipe:
                 f"none of this run's {t.steps} steps"
             )
         self.aux_losses()  # it knows what its fields must be
-        self.model.config(t.sequence_length)
+        self.model.validate(t.sequence_length)
         return self

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import shown
 from moestro.models.configuration import Dense, MoE, SubLayer
 from moestro.routers import RouterRule
 from moestro.training import controls
@@ -118,23 +119,25 @@ OF_COMPETITION = Competing.__dataclass_fields__.keys() - {"seed"}
 def recipe(spec: str, size: str = "tiny", **overrides: object) -> Recipe:
     """The recipe that `name+variant:field=value,field=value` describes, at one size; `overrides` come first."""
     if size not in SIZES:
-        raise Misuse(f"unknown size {size!r}{nearest(size, SIZES)}; sizes: {', '.join(SIZES)}")
+        raise Misuse(f"unknown size {shown(size)}{nearest(size, SIZES)}; sizes: {', '.join(SIZES)}")
     path, _, fields = spec.partition(":")
     name, *variants = path.split("+")
     if name not in RECIPES:
-        raise Misuse(f"unknown recipe {name!r}{nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
+        raise Misuse(f"unknown recipe {shown(name)}{nearest(name, RECIPES)}; recipes: {', '.join(RECIPES)}")
     result = RECIPES[name](size)
     for variant in variants:
         if variant not in VARIANTS:
-            raise Misuse(f"unknown variant {variant!r}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}")
+            raise Misuse(
+                f"unknown variant {shown(variant)}{nearest(variant, VARIANTS)}; variants: {', '.join(VARIANTS)}"
+            )
         result = replace(VARIANTS[variant](result), name=f"{result.name}+{variant}")
     values = dict(overrides)
     for part in filter(None, fields.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
-            raise Misuse(f"an override must read field=value, got {part!r} in {spec!r}")
+            raise Misuse(f"an override must read field=value, got {shown(part)} in {shown(spec)}")
         if (late := value.partition("+")[2]) in VARIANTS:
-            raise Misuse(f"variants come before the colon, as in {name}+{late}:{key}=..., got {spec!r}")
+            raise Misuse(f"variants come before the colon, as in {name}+{late}:{key}=..., got {shown(spec)}")
         values[key.strip()] = value.strip()
     needless = [key for key in values if result.compete is None and key in OF_COMPETITION]
     if needless:
