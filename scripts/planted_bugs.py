@@ -259,13 +259,6 @@ BUGS = [
         "test_attach",
     ),
     Bug(
-        "a block run again joins the latest pass",
-        "adapters/watch.py",
-        "            self.watch.current = current\n            return run(*args)",
-        "            return run(*args)",
-        "test_attach_gradients",
-    ),
-    Bug(
         "losses on weights added whole to every micro-batch",
         "adapters/layer_losses.py",
         "return value * share.sum()",

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from moestro.adapters.layers import inner_model
 from moestro.adapters.tap import Tap
+from moestro.adapters.wrappers import held_by, inner_model, plain_name
 from moestro.competition import Compete
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
@@ -63,7 +63,7 @@ def applicable(losses: Iterable[str], layers: Sequence[MoELayer]) -> dict[str, l
 def trainable(layer: MoELayer, model: nn.Module) -> bool:
     """Whether the layer's router learns: its own parameters, or those of what PEFT wraps around it."""
     inside = {id(module) for module in layer.router.modules()}
-    around = [module for module in model.modules() if getattr(module, "base_layer", None) is not None]
+    around = [module for module in model.modules() if held_by(module) is not None]
     wrappers = [module for module in around if inside & {id(inner) for inner in module.modules()}]
     wrappers = [module for module in wrappers if id(layer.experts) not in {id(inner) for inner in module.modules()}]
     return any(parameter.requires_grad for module in (layer.router, *wrappers) for parameter in module.parameters())
@@ -74,9 +74,7 @@ def lora_target(layer: MoELayer, model: nn.Module) -> str | None:
     if layer.weight_at is None:
         return None
     holder, attribute = layer.weight_at
-    path = next(name for name, module in inner_model(model).named_modules() if module is holder).replace(
-        ".base_layer", ""
-    )
+    path = plain_name(next(name for name, module in inner_model(model).named_modules() if module is holder))
     return f"{path.removeprefix(layer.block + '.')}.{attribute}"
 
 

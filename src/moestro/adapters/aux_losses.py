@@ -22,12 +22,13 @@ from moestro.adapters.attempt import Attempt
 from moestro.adapters.batch import TrainerBatch, share_of_sequences
 from moestro.adapters.compete import Competitor
 from moestro.adapters.layer_losses import NOTHING_SEEN, LayerLosses
-from moestro.adapters.layers import inner_model, moe_layers
+from moestro.adapters.layers import moe_layers
 from moestro.adapters.native import native_balance_off
 from moestro.adapters.selection_bias import keep_with_adapter, warn_if_not_kept
 from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
+from moestro.adapters.wrappers import inner_model
 from moestro.competition import Compete
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.ranges import Number, Positive, Weight, check_fields

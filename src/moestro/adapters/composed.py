@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moestro.adapters.layers import inner_model
+from moestro.adapters.wrappers import inner_model
 from moestro.models.layers import SparseMoE
 from moestro.models.modeling import MoestroDecoderLayer
 

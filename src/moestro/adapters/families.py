@@ -59,9 +59,15 @@ def describe(layer: MoELayer, parent: nn.Module) -> MoELayer:
 
 
 def package(module: nn.Module) -> str:
-    """Name of the model package of transformers that a module's class comes from; its top package elsewhere."""
-    parts = type(module).__module__.split(".")
-    return parts[2] if parts[:2] == ["transformers", "models"] else parts[0]
+    """Return the package of transformers' models that a module's class or a base of it is from; else its top package.
+
+    Bases count because parametrizations and FSDP give a module a class of their own, derived from the one it had.
+    """
+    for kind in type(module).__mro__:
+        parts = kind.__module__.split(".")
+        if parts[:2] == ["transformers", "models"]:
+            return parts[2]
+    return type(module).__module__.split(".")[0]
 
 
 def score_function(layer: MoELayer) -> Any:

@@ -11,6 +11,7 @@ from moestro.adapters.applicability import LOSSES, OF_COMPETITION, OF_WEIGHTS, o
 from moestro.adapters.compete import Competitor
 from moestro.adapters.ranks import over_ranks
 from moestro.adapters.selection_bias import SelectionBias
+from moestro.adapters.tap import beside_checkpoints
 from moestro.losses import (
     PerSequence,
     balance_against,
@@ -51,7 +52,7 @@ class LayerLosses:
         self.names = [name for name in LOSSES if getattr(aux, name) and obstacle(layer, name) is None]
         self.bias = SelectionBias(layer) if aux.bias_rate and layer.bias_at is not None else None
         self.terms: dict[str, Tensor] = {}
-        """This pass's losses, each weighted over sequences, with their graph."""
+        """This pass's losses, each weighted over sequences and summed over the layer's runs, with their graph."""
         self.load: Tensor | None = None
         """Choices per expert since the last optimiser step."""
         self.proposed: Tensor | None = None
@@ -74,17 +75,26 @@ class LayerLosses:
         assert current is not None
         if not current.training or current.share is None:
             return
+        self.follow(record.layer)
         if self.competitor is not None and record.competition is not None and not record.recomputed:
-            self.competitor.count(record.competition)
+            with beside_checkpoints():
+                self.competitor.count(record.competition)
         if self.aux.mask_prompt and record.batch.label is not None:
             record = with_labels_only(record)
         # In a recomputation the losses are computed again, because autograd looks for what the first run saved.
         terms = {name: self.weigh(name, record, current.share) for name in self.names}
         if record.recomputed:
             return
-        self.terms = terms
-        with torch.no_grad():
+        # Added up, because models may run a layer several times in a pass.
+        self.terms = {name: added(self.terms.get(name), value) for name, value in terms.items()}
+        with torch.no_grad(), beside_checkpoints():
             self.count(record, terms, current.share)
+
+    def follow(self, layer: MoELayer) -> None:
+        """Go on with the handle of the modules that run now: PEFT may have put others in their place."""
+        self.layer = layer
+        if self.bias is not None:
+            self.bias.layer = layer
 
     def weigh(self, name: str, record: LayerRecord, share: Tensor) -> Tensor:
         """One loss as a scalar: over sequences by their share of the whole batch, over weights by this pass's share."""

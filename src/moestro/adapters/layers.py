@@ -2,33 +2,17 @@
 
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from moestro.adapters import families
+from moestro.adapters.wrappers import inner_model, innermost, module_at, plain_name
 from moestro.errors import Misuse
 from moestro.routers import simplex
 from moestro.routing import MoELayer, Routing
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """The model of transformers inside what data parallelism, torch.compile and PEFT wrap around it."""
-    while callable(getattr(model := unwrapped(model), "get_base_model", None)):
-        model = model.get_base_model()  # type: ignore[operator]
-    return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what data parallelism and torch.compile wrap around it, PEFT's wrapper left on."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
 
 
 def moe_layers(model: nn.Module) -> list[MoELayer]:
@@ -63,7 +47,7 @@ def block_number(layer: MoELayer) -> int:
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of all experts: what takes (hidden_states, index, weight), PEFT's wrappers taken off.
+    """Yield plain name and module of all experts that run: what takes (hidden_states, index, weight).
 
     Those of vision and audio towers are left alone: what a batch's sequences and labels are says nothing of them.
     """
@@ -72,18 +56,20 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         takes_routing = tuple(arguments[:3]) in families.EXPERTS_ARGUMENTS
         of_another_tower = re.search(r"(^|\.)(vision|visual|audio|image)", name)
         if takes_routing and not of_another_tower and families.package(module) not in families.OUTSIDE:
-            yield name, module
+            plain = plain_name(name)
+            if module_at(model, plain) is module:  # and not PEFT's original of what it trains a copy of
+                yield plain, module
 
 
 def layer_of(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
-    """The handle on the layer that `experts` belong to."""
-    path = name.replace(".base_layer", "")
-    parent = model.get_submodule(path.rpartition(".")[0])
-    router = find_router(parent, path)
+    """Return the handle on the layer that `experts`, of this plain name, belong to."""
+    parent_name = name.rpartition(".")[0]
+    parent = module_at(model, parent_name)
+    router = find_router(parent, name)
     return families.describe(
         MoELayer(
-            name=path.rpartition(".")[0],
-            block=block_name(path),
+            name=parent_name,
+            block=block_name(name),
             router=router,
             experts=experts,
             num_experts=families.number_of_experts(experts),
@@ -94,14 +80,29 @@ def layer_of(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
 
 
 def find_router(parent: nn.Module, path: str) -> nn.Module:
-    """The router that stands beside the experts, PEFT's wrappers taken off."""
-    for outer in parent.children():
-        child = outer
-        while isinstance(inner := getattr(child, "base_layer", None), nn.Module):
-            child = inner
+    """Return the router that stands beside the experts, without wrappers."""
+    for child in map(innermost, parent.children()):
         if re.search(r"(Router|Gate)$", type(child).__name__):
             return child
     raise Misuse(f"no router was found beside {path}: {families.HOW_TO_ADAPT}")
+
+
+def moved(layer: MoELayer, names: Mapping[nn.Module, str], model: nn.Module) -> MoELayer:
+    """Return the handle on the modules that now run under the plain `names` of those that the layer was found with."""
+
+    def now(module: nn.Module) -> nn.Module:
+        return module_at(model, names[module]) if module in names else module
+
+    def at(place: tuple[nn.Module, str] | None) -> tuple[nn.Module, str] | None:
+        return None if place is None else (now(place[0]), place[1])
+
+    return replace(
+        layer,
+        router=now(layer.router),
+        experts=now(layer.experts),
+        weight_at=at(layer.weight_at),
+        bias_at=at(layer.bias_at),
+    )
 
 
 def block_name(path: str) -> str:

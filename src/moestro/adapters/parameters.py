@@ -5,7 +5,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import get_parameter_names
 
-from moestro.adapters.layers import inner_model, moe_layers
+from moestro.adapters.layers import moe_layers
+from moestro.adapters.wrappers import inner_model, plain_name
 from moestro.errors import Misuse
 from moestro.gate.ranges import Weight, check
 
@@ -18,7 +19,7 @@ Part = Literal["router", "experts", "rest"]
 def parts(model: nn.Module) -> dict[str, Part]:
     """Which part of the model each of its parameters belongs to, by name; LoRA's factors to what they adapt."""
     inner = inner_model(model)
-    names = {id(module): name.replace(".base_layer", "") for name, module in inner.named_modules()}
+    names = {id(module): plain_name(name) for name, module in inner.named_modules()}
     prefixes: dict[str, Part] = {}
     for layer in moe_layers(inner):
         prefixes |= {f"{names[id(layer.router)]}.": "router", f"{names[id(layer.experts)]}.": "experts"}
@@ -26,7 +27,7 @@ def parts(model: nn.Module) -> dict[str, Part]:
 
     def part_of(name: str) -> Part:
         for prefix, part in prefixes.items():
-            if name.startswith(prefix):
+            if plain_name(name).startswith(prefix):
                 return part
         return "rest"
 

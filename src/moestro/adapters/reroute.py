@@ -14,10 +14,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moestro.adapters.layers import inner_model, routing_of
+from moestro.adapters.layers import routing_of
 from moestro.adapters.selection import Selection
 from moestro.adapters.tap import Pass, Tap
 from moestro.adapters.watch import Listener, Watch, watch
+from moestro.adapters.wrappers import held_by, inner_model
 from moestro.errors import Misuse
 from moestro.routing import Batch, MoELayer, Proposal, Reroute, Routing
 
@@ -184,8 +185,8 @@ def hand_over(routed: Any, again: Any, proposed: Routing) -> None:
 
 
 def outermost(model: nn.Module, module: nn.Module) -> nn.Module:
-    """The module, or the outermost of PEFT's wrappers around it."""
-    wrappers = {inner: outer for outer in model.modules() if (inner := getattr(outer, "base_layer", None)) is not None}
+    """Return the module, or the outermost wrapper around it."""
+    wrappers = {inner: outer for outer in model.modules() if (inner := held_by(outer)) is not None}
     while module in wrappers:
         module = wrappers[module]
     return module

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moestro.adapters.layers import unwrapped
+from moestro.adapters.wrappers import unwrapped
 from moestro.balance import next_bias
 from moestro.errors import Misuse
 from moestro.routing import MoELayer

@@ -6,7 +6,8 @@ expert parallelism, where the original is the sender's side of the exchange.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moestro.adapters.layers import routing_of
 from moestro.errors import Misuse
@@ -45,6 +47,32 @@ class Pass:
         self.wants_outputs = False
         self.share: Tensor | None = None
         """Set by `AuxLosses`: each sequence's share of the whole batch."""
+        self.routed: dict[Tap, list[Any]] = {}
+        """What routers returned, without graph, to experts in a checkpoint that their router is not in."""
+        self._first_node: int = sequence_number()
+        self._end_of_nodes: int | None = None
+
+    def close(self) -> None:
+        """End the pass: what autograd records from now on is not part of it."""
+        self.open = False
+        if self._end_of_nodes is None:
+            self._end_of_nodes = sequence_number()
+
+    def has_node(self, number: int) -> bool:
+        """Whether the node of autograd's graph with this sequence number was made in this pass."""
+        return self._first_node <= number and (self._end_of_nodes is None or number < self._end_of_nodes)
+
+    def live_with(self, *results: Tensor | None) -> None:
+        """Let the graph of these results keep the pass alive: it is needed while they can be run backward."""
+        for result in results:
+            if result is not None and result.grad_fn is not None:
+                result.grad_fn.metadata["moestro"] = self
+
+
+def sequence_number() -> int:
+    """Number that autograd gives to the next node of its graph in this thread; 0 in a compiled model, where layers are
+    not run again but compiled twice."""
+    return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +92,15 @@ class Tap:
 
     def __init__(self, layer: MoELayer, watch: "Watch | None", *, of_inputs: bool = True) -> None:
         self.layer, self.of_inputs = layer, of_inputs
+        self.hears = layer.router
+        self._handle: Any = None
         self.watch = watch
         self.original: Callable[..., Tensor] | None = None
         """The `forward` of the instance, where it had its own (expert parallelism); None means its class's."""
         self.routed: Any = None
         """What the router returned, until the experts have run."""
+        self._hooks: Any = None
+        """What autograd called for each tensor that it saved in the router: checkpoints are told apart by it."""
         self.firings = 0
         """How often the layer ran in this pass."""
         self.consumers: list[Callable[[LayerRecord], None]] = []
@@ -84,22 +116,35 @@ class Tap:
         other.original = self.original
         return other
 
-    def install(self) -> Any:
-        """Stand in for the experts' forward. Returns the handle of the router's hook."""
+    def install(self, router: nn.Module | None = None) -> None:
+        """Stand in for the experts' forward, and listen to the router; `router`: the outermost wrapper around it."""
         experts = self.layer.experts
+        if isinstance(copied := experts.__dict__.get(TAP), Tap):
+            copied.remove()  # PEFT made this module as a copy of a watched one
         self.original = experts.__dict__.get("forward")
         setattr(experts, TAP, self)
         experts.forward = MethodType(tapped, experts)
-        return self.layer.router.register_forward_hook(self.keep)
+        self.hears = router or self.layer.router
+        self._handle = self.hears.register_forward_hook(RouterHook(self))
 
     def remove(self) -> None:
-        """Leave the experts as they were."""
+        """Leave the experts and the router as they were."""
         experts = self.layer.experts
         if self.original is None:
             del experts.forward
         else:
             experts.forward = self.original
         delattr(experts, TAP)
+        if self._handle is not None:
+            self._handle.remove()
+
+    def move(self, layer: MoELayer, router: nn.Module) -> None:
+        """Stand in for the modules of another handle on the same layer, where they are others."""
+        if layer.experts is self.layer.experts and layer.router is self.layer.router and router is self.hears:
+            return
+        self.remove()
+        self.layer = layer
+        self.install(router)
 
     def run(self, *args: Any) -> Tensor:
         """What the experts would do unwatched."""
@@ -137,15 +182,30 @@ class Tap:
             expert = torch.arange(self.layer.num_experts, device=hidden.device).expand(len(hidden), -1)
         return self.outputs(hidden, expert, torch.ones_like(expert, dtype=hidden.dtype), *args)
 
-    def keep(self, router: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook on the router."""
-        self.routed = output
+    def keep(self, routed: Any) -> None:
+        """Keep what the router returned for the experts."""
+        self.routed, self._hooks = routed, saved_tensor_hooks()
+
+    def take(self, current: Pass) -> Any:
+        """Return what the router returned to these experts."""
+        routed, self.routed = self.routed, None
+        if routed is None:  # the experts are run again, and not their router
+            kept = current.routed.get(self, [])
+            if len(kept) > 1:
+                raise Misuse(
+                    f"{self.layer.name} runs several times in a pass, each time in a checkpoint that leaves its router "
+                    "out: put the router into the checkpoint"
+                )
+            return kept[0] if kept else None
+        if current.open and saved_tensor_hooks() != self._hooks:
+            current.routed.setdefault(self, []).append(without_graph(routed))
+        return routed
 
     def decide(
-        self, batch: Batch, hidden: Float[Tensor, "tokens dim"], expert: Tensor, weight: Tensor
+        self, current: Pass, batch: Batch, hidden: Float[Tensor, "tokens dim"], expert: Tensor, weight: Tensor
     ) -> tuple[Routing, Routing]:
         """What the router proposed, and what shall run."""
-        routed, self.routed = self.routed, None
+        routed = self.take(current)
         proposed = routing_of(self.layer, routed, expert, weight)
         if self.reroute is None:
             return proposed, proposed
@@ -173,16 +233,53 @@ class Tap:
             consume(record)
 
 
+class RouterHook:
+    """The forward hook on a router. PEFT copies routers together with their hooks: the copy of a hook does nothing."""
+
+    def __init__(self, tap: Tap | None) -> None:
+        self.tap = tap
+
+    def __call__(self, router: nn.Module, args: Any, output: Any) -> None:
+        """Keep what the router returned."""
+        if self.tap is not None:
+            self.tap.keep(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RouterHook":
+        return RouterHook(None)
+
+
+def saved_tensor_hooks() -> Any:
+    """Return what autograd now calls for each tensor that it saves: every checkpoint has functions of its own."""
+    return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+@contextmanager
+def beside_checkpoints() -> Iterator[None]:
+    """Let selective checkpointing not see what runs: it counts operations, and the recomputation leaves these out."""
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        yield
+    else:
+        with _disable_current_modes():
+            yield
+
+
+def without_graph(routed: Any) -> Any:
+    """Return what a router returned, cut off from its graph, so that a pass that keeps it does not keep the graph."""
+    if isinstance(routed, Tensor):
+        return routed.detach().requires_grad_(routed.requires_grad)
+    return tuple(map(without_graph, routed)) if isinstance(routed, tuple) else routed
+
+
 def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *args: Any) -> Tensor:
     """The `forward` of a watched experts module."""
     tap: Tap = getattr(self, TAP)
-    current = tap.watch.current if tap.watch else None
-    if current is None:  # a copy of a watched model, or a layer called by itself before any pass of the model
+    current = tap.watch.running() if tap.watch else None
+    if current is None:  # a copy of a watched model, or a layer called by itself outside of any pass of the model
         tap.routed = None
         return tap.run(hidden_states, top_k_index, top_k_weights, *args)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     batch = fitting(current.batch, hidden, of_inputs=tap.of_inputs)
-    proposed, routing = tap.decide(batch, hidden, top_k_index, top_k_weights)
+    proposed, routing = tap.decide(current, batch, hidden, top_k_index, top_k_weights)
     competed = tap.compete(current, batch, hidden, proposed, *args)
     if competed is not None:
         routing = competed.routing
@@ -204,6 +301,8 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
         recomputed=not current.open,
     )
     tap.report(current, record)
+    if current.open and not torch.compiler.is_compiling():
+        current.live_with(mixed, proposed.weight, proposed.logits)
     return mixed
 
 

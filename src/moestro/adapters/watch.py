@@ -5,6 +5,7 @@ stands in for the `forward` of the experts. No configuration and none of transfo
 """
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moestro.adapters.batch import describe
-from moestro.adapters.layers import inner_model, moe_layers
-from moestro.adapters.tap import REENTRANT, Pass, Tap, reads_inputs
+from moestro.adapters.layers import moe_layers, moved
+from moestro.adapters.tap import Pass, Tap, beside_checkpoints, reads_inputs
+from moestro.adapters.wrappers import inner_model, outer_module_at, plain_name
 from moestro.errors import Misuse
 from moestro.routing import LayerRecord, MoELayer
 
@@ -46,16 +47,21 @@ class Watch:
     def __init__(self, model: nn.Module, layers: Sequence[MoELayer]) -> None:
         self.model = model
         self.taps = [Tap(layer, self, of_inputs=reads_inputs(layer, layers)) for layer in layers]
+        self._layers = list(layers)
+        self._plain_names = {module: plain_name(name) for name, module in model.named_modules()}
         self.listeners: list[Listener] = []
         self.current: Pass | None = None
         """The pass that the layer now running belongs to."""
+        self._latest: Pass | None = None
+        """The pass that began last."""
+        self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
+        """The passes whose graphs live."""
         self.domain: Tensor | None = None
         """Domain of each token of the coming pass, [batch, sequence]; set by whoever knows it."""
         self.withheld: dict[str, Any] = {}
         """Inputs that the model is not given but that describe its batch: labels, where a trainer keeps them back."""
         self._shifts_labels = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") in (ForCausalLMLoss, None)
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
-        self._blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         self._handles: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Watch":
@@ -68,7 +74,8 @@ class Watch:
 
     def install(self) -> None:
         """Hook the model."""
-        self._handles = [tap.install() for tap in self.taps]
+        for tap in self.taps:
+            tap.install(self._outer_router(tap.layer))
         self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(self._end))
         setattr(self.model, WATCH, self)
@@ -79,30 +86,74 @@ class Watch:
             handle.remove()
         for tap in self.taps:
             tap.remove()
-        for block in self._blocks:
-            if isinstance(run := block.__dict__.get("_gradient_checkpointing_func"), Checkpointing):
-                block.__dict__["_gradient_checkpointing_func"] = run.original
         delattr(self.model, WATCH)
 
+    def _follow(self) -> None:
+        """Move the taps to the modules that run now: PEFT may have wrapped the model, or switched adapters, since."""
+        for tap, layer in zip(self.taps, self._layers, strict=True):
+            now = moved(layer, self._plain_names, self.model)
+            tap.move(now, self._outer_router(layer))
+
+    def _outer_router(self, layer: MoELayer) -> nn.Module:
+        """Return the router, or the outermost wrapper around it."""
+        name = self._plain_names.get(layer.router)
+        return layer.router if name is None else outer_module_at(self.model, name)
+
+    def running(self) -> Pass | None:
+        """Return the pass that the layer now running belongs to, as `current`; None outside of all passes.
+
+        Any checkpointing runs a layer again while autograd executes a node of the pass that it belongs to.
+        """
+        if not torch.compiler.is_compiling():
+            latest = self._latest if self._latest is not None and self._latest.open else None
+            self.current = self._recomputed() or latest
+        return self.current
+
+    def _recomputed(self) -> Pass | None:
+        """Return the pass that autograd is running again; None outside of a recomputation."""
+        node = torch._C._current_autograd_node()
+        if node is None or not torch.is_grad_enabled():  # hooks of a backward pass may run a model without gradients
+            return None
+        number = node._sequence_nr()
+        found = [past for past in self._passes if past.has_node(number)]
+        if len(found) > 1:
+            raise Misuse(
+                "passes whose backward is still to come must have run in one thread: a checkpointed layer that runs "
+                "again cannot be told to belong to one of them"
+            )
+        return found[0] if found else None
+
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if model is not self.model:
-            return  # a copy of the model, made while it was watched
+        if model is not self.model or self._is_run_again():
+            return
         inputs = dict(zip(self._names, args, strict=False)) | kwargs | self.withheld
         training = model.training and torch.is_grad_enabled()
-        self.current = current = Pass(
-            describe(inputs, self.domain, shifts_labels=self._shifts_labels), training=training
-        )
-        self._follow_checkpointing()
+        if self._latest is not None:
+            self._latest.close()  # it may have broken off
+        current = Pass(describe(inputs, self.domain, shifts_labels=self._shifts_labels), training=training)
+        self.current = self._latest = current
+        if not torch.compiler.is_compiling():
+            self._passes.add(current)
+            self._follow()
         for tap in self.taps:
             tap.firings = 0
         for listener in self.listeners:
             listener.on_begin(current, inputs)
             current.wants_outputs = current.wants_outputs or listener.wants_outputs(current)
 
+    def _is_run_again(self) -> bool:
+        """Whether the whole model is run again in a backward pass; losses cannot be added to that."""
+        if torch.compiler.is_compiling() or self._recomputed() is None:
+            return False
+        if self.adds_losses:
+            raise Misuse("AuxLosses cannot be added in a checkpoint around the whole model: checkpoint its blocks")
+        return True
+
     def _end(self, model: nn.Module, args: tuple, output: Any) -> Any:
-        if model is not self.model or self.current is None:
+        current = self._latest
+        if model is not self.model or current is None or not current.open:
             return None
-        self.current.open = False
+        current.open = False
         for tap in self.taps:
             if tap.firings == 0:
                 raise Misuse(
@@ -111,40 +162,24 @@ class Watch:
                 )
         replaced = None
         for listener in self.listeners:
-            changed = listener.on_end(self.current, output)
+            changed = listener.on_end(current, output)
             if changed is not None:
                 output = replaced = changed
+        current.close()
         return replaced
 
-    def _follow_checkpointing(self) -> None:
-        """At every pass, because a Trainer switches checkpointing on when it begins to train."""
-        for block in self._blocks:
-            run = block.__dict__.get("_gradient_checkpointing_func")
-            if not block.gradient_checkpointing or run is None or isinstance(run, Checkpointing):
-                continue
-            if getattr(run, "keywords", {}).get("use_reentrant") and self.adds_losses:
-                raise Misuse(REENTRANT)
-            block.__dict__["_gradient_checkpointing_func"] = Checkpointing(self, run)
 
+def consumer(listener: Listener, layer: MoELayer) -> Callable[[LayerRecord], None]:
+    """Return what takes the layer's records; unless it adds losses, it may do less in a recomputation."""
+    consume = listener.on_layer(layer)
+    if listener.adds_losses:
+        return consume
 
-class Checkpointing:
-    """A block's checkpointing function that knows, when the block is run again, which pass it belongs to."""
+    def consume_beside(record: LayerRecord) -> None:
+        with beside_checkpoints():
+            consume(record)
 
-    def __init__(self, watch: Watch, original: Callable[..., Any]) -> None:
-        self.watch, self.original = watch, original
-
-    def __call__(self, run: Callable[..., Any], *args: Any) -> Any:
-        """What the block calls in its forward."""
-        current = self.watch.current
-
-        def run_in_its_pass(*args: Any) -> Any:
-            self.watch.current = current
-            return run(*args)
-
-        return self.original(run_in_its_pass, *args)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        return self.original  # a copy of a watched model is not watched
+    return consume_beside
 
 
 @contextmanager
@@ -158,7 +193,7 @@ def watch(model: nn.Module, listener: Listener, layers: Sequence[MoELayer] | Non
     if found is None:
         watching.install()
     watching.listeners.append(listener)
-    consumers = [(tap, listener.on_layer(tap.layer)) for tap in watching.taps]
+    consumers = [(tap, consumer(listener, tap.layer)) for tap in watching.taps]
     for tap, consume in consumers:
         tap.consumers.append(consume)
     try:

@@ -10,7 +10,8 @@ from torch import nn
 
 from moestro.adapters.applicability import LOSSES, lora_target, obstacle, trainable
 from moestro.adapters.families import package
-from moestro.adapters.layers import inner_model, moe_layers
+from moestro.adapters.layers import moe_layers
+from moestro.adapters.wrappers import inner_model
 from moestro.errors import Misuse
 from moestro.gate.loading import one_misuse
 from moestro.inspection.checkpoints import Checkpoint, on_meta

@@ -13,9 +13,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from moestro.adapters.composed import ComposedFigures
-from moestro.adapters.layers import inner_model, moe_layers
+from moestro.adapters.layers import moe_layers
 from moestro.adapters.meter import RoutingMeter
 from moestro.adapters.watch import Watch
+from moestro.adapters.wrappers import inner_model
 from moestro.comparison import HeldOut, LayerStatistics
 from moestro.data.packing import PackedRows
 from moestro.data.progress import watched
