@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import transformers
-import tyro
-from paired import machine, milliseconds, rounds
+from paired import heads, machine, milliseconds, rounds, start
 
 from moestro import AuxLosses, MoE, MoestroConfig, MoestroForCausalLM
 from moestro.competition import PRESETS
@@ -50,7 +49,7 @@ class Layer:
             vocab_size=512,
             hidden_size=sizes.hidden,
             num_hidden_layers=1,
-            num_attention_heads=sizes.hidden // 64,
+            num_attention_heads=heads(sizes.hidden, 64),
             feed_forward=[[MoE(num_experts=experts, top_k=k, width=sizes.width)]],
         )
         self.model = MoestroForCausalLM(config).train().to(sizes.device)
@@ -109,4 +108,4 @@ def ratio(taken: list[float], base: list[float]) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes, description=__doc__))
+    start(main, Sizes, __doc__)

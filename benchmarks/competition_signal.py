@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-import tyro
+from paired import start
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moestro import RouterRule
+from moestro import Misuse, RouterRule
 from moestro.competition import PRESETS, preferences, sample_statistics, scaled, strongest
 from moestro.losses import balance_against, distillation, load_share
 from moestro.routers import route
@@ -77,6 +77,9 @@ def row(preset: str, hidden: Tensor, outputs: Tensor, sizes: Sizes) -> list[floa
 
 
 def main(sizes: Sizes) -> None:
+    for preset in sizes.presets:
+        if preset not in PRESETS:
+            raise Misuse(f"--presets must be among {', '.join(PRESETS)}, got {preset}")
     torch.manual_seed(0)
     print(f"torch {torch.__version__}, transformers {transformers.__version__}; {sizes}\n")
     print("| preset | experts | outputs | target | std of E · target | gradient | balance |")
@@ -93,4 +96,4 @@ def main(sizes: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes, description=__doc__))
+    start(main, Sizes, __doc__)

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 
 import torch
 import transformers
-import tyro
-from paired import machine
+from paired import heads, machine, quartiles, start
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -74,8 +73,8 @@ def build(sizes: Sizes) -> Qwen3MoeForCausalLM:
         hidden_size=sizes.hidden,
         moe_intermediate_size=sizes.expert_width,
         num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.hidden // 64,
-        num_key_value_heads=sizes.hidden // 64,
+        num_attention_heads=heads(sizes.hidden, 64),
+        num_key_value_heads=heads(sizes.hidden, 64),
         num_experts=sizes.experts,
         num_experts_per_tok=sizes.top_k,
         norm_topk_prob=True,
@@ -132,7 +131,7 @@ def table(times: dict[Arm, list[tuple[float, float]]]) -> str:
     lines = ["| arm | CPU ms | wall ms | CPU ratio | quartiles |", "|---|--:|--:|--:|--:|"]
     for arm, rows in times.items():
         ratios = [ours[0] / theirs[0] for ours, theirs in zip(rows, times[fastest], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = quartiles(ratios)
         cpu, wall = medians[arm]
         lines.append(f"| {arm.name} | {cpu:.0f} | {wall:.0f} | {middle:.2f} | {low:.2f} to {high:.2f} |")
     return "\n".join(lines)
@@ -155,4 +154,4 @@ def main(sizes: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes, description=__doc__))
+    start(main, Sizes, __doc__)

@@ -1,5 +1,6 @@
 """Arms that take turns in one process, so that what drifts drifts for all: the parts that benchmarks share."""
 
+import math
 import platform
 import random
 import resource
@@ -13,6 +14,53 @@ from typing import Any
 
 import torch
 import transformers
+import tyro
+
+from moestro import Misuse
+
+
+def start(main: Callable[[Any], None], sizes: Any, what: str) -> None:
+    """Read the command line into `sizes`, and run `main` on it; end with one line where the sizes cannot work."""
+    try:
+        chosen = tyro.cli(sizes, description=what)
+        check(chosen)
+        main(chosen)
+    except Misuse as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def check(sizes: Any) -> None:
+    """Raise Misuse where sizes cannot be built or measured, before any work."""
+    given = asdict(sizes)
+    for name, value in given.items():
+        least = 0 if name == "warm_up" else 1
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int) and not isinstance(number, bool) and number < least:
+                raise Misuse(f"--{name.replace('_', '-')} must be {least} or more, got {number}")
+            if isinstance(number, float) and not 0 < number < math.inf:
+                raise Misuse(f"--{name.replace('_', '-')} must be above 0 and finite, got {number}")
+    if given.get("tokens", 0) % given.get("sequence", 1):
+        raise Misuse(f"--tokens must be a multiple of --sequence ({sizes.sequence}), got {sizes.tokens}")
+    if given.get("device", "cpu") != "cpu" and not torch.cuda.is_available():
+        raise Misuse(f"--device must be cpu where there is no GPU, got {sizes.device}")
+    for name in ("hidden", "width", "expert_width"):
+        if given.get(name, 0) % 8:  # grouped_mm wants rows of 16 bytes
+            raise Misuse(f"--{name.replace('_', '-')} must be a multiple of 8, got {given[name]}")
+    if "top_k" in given and "experts" in given:
+        most, fewest = (largest(given["top_k"]), -largest(given["experts"], -1))
+        if most > fewest:
+            raise Misuse(f"--top-k must be at most --experts ({fewest}), got {most}")
+
+
+def largest(value: int | tuple[int, ...], sign: int = 1) -> int:
+    """Return the largest of one number or several, each times `sign`."""
+    return max(sign * number for number in (value if isinstance(value, tuple) else (value,)))
+
+
+def heads(hidden: int, width: int) -> int:
+    """Return how many attention heads of about `width` a hidden size, a multiple of 8, divides into."""
+    return next(n for n in range(max(1, hidden // width), 0, -1) if hidden % (2 * n) == 0)
 
 
 def rounds(
@@ -54,10 +102,15 @@ def table(what: str, times: Mapping[str, list[float]], base: str, peak_gib: Call
     lines = [f"| {what} | ms a step (CPU time on a CPU) | ratio | quartiles | peak GiB |", "|---|--:|--:|--:|--:|"]
     for arm, taken in times.items():
         ratios = [ours / theirs for ours, theirs in zip(taken, times[base], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        low, middle, high = quartiles(ratios)
         memory = f"{peak_gib(arm):.2f}" if peak_gib else ""
         lines.append(f"| {arm} | {statistics.median(taken):.0f} | {middle:.3f} | {low:.3f} to {high:.3f} | {memory} |")
     return "\n".join(lines)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """Return the quartiles; of one value that value."""
+    return statistics.quantiles(values * 2 if len(values) == 1 else values, n=4, method="inclusive")
 
 
 def report(what: str, sizes: Any, times: Mapping[str, list[float]], base: str, steps: Callable[[str], object]) -> None:

@@ -11,8 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import tyro
-from paired import milliseconds, report, resident_gib, rounds
+from paired import milliseconds, report, resident_gib, rounds, start
 
 from moestro import AuxLosses, MoestroForCausalLM
 from moestro.models import PADDED_MM
@@ -100,4 +99,4 @@ def main(sizes: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes, description=__doc__))
+    start(main, Sizes, __doc__)

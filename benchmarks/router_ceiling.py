@@ -14,12 +14,13 @@ from typing import Annotated
 
 import torch
 import tyro
-from paired import machine
+from paired import machine, start
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moestro
+from moestro import Misuse
 from moestro.agreement import agreement_figures
 from moestro.competition import Compete, preferences, responses, sample_statistics, scaled, strongest
 from moestro.inspection.texts import packed, read_text
@@ -88,16 +89,18 @@ def row(hidden: Tensor, response: Tensor, chosen: Tensor, rule: Compete, setting
     return [*(f.agreement for f in figures), figures[0].static_agreement]
 
 
-def main() -> None:
+def main(settings: Settings) -> None:
     """Print a row per layer and their mean."""
-    settings, rule = tyro.cli(Settings), Compete()
+    rule = Compete()
+    if not (settings.checkpoint / "config.json").exists():
+        raise Misuse(f"the checkpoint must be the folder of a saved model, got {settings.checkpoint}")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(settings.checkpoint, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(settings.checkpoint)
     with packed(read_text(settings.data), tokenizer, settings.sequence, settings.sequence) as text:
         number = (settings.tokens + settings.measured) // settings.sequence
         if number > len(text):
-            raise SystemExit(f"the text must have {number} rows of {settings.sequence} tokens, got {len(text)}")
+            raise Misuse(f"the text must have {number} rows of {settings.sequence} tokens, got {len(text)}")
         rows = torch.stack([torch.as_tensor(text[index]["input_ids"]) for index in range(number)])
     print(f"{machine('cpu')}; {settings}\n\n| layer | router | linear, fitted | hidden layer, fitted | fixed |")
     print("|---|--:|--:|--:|--:|")
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main, Settings, __doc__)

@@ -11,13 +11,13 @@ process of its own.
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import tyro
-from paired import milliseconds, report, resident_gib, rounds
+from paired import heads, milliseconds, report, resident_gib, rounds, start
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moestro import AuxLosses
+from moestro import AuxLosses, Misuse
 
 ARMS: dict[str, dict[str, float | str]] = {
     "nothing": {},
@@ -44,7 +44,7 @@ class Sizes:
     rounds: int = 9
     warm_up: int = 2
     threads: int = 1
-    backend: str = "grouped_mm"
+    backend: Literal["eager", "batched_mm", "grouped_mm", "padded_mm"] = "grouped_mm"
     bf16: bool = False
     device: str = "cpu"
     memory: bool = True
@@ -60,8 +60,8 @@ def build(sizes: Sizes) -> Qwen3MoeForCausalLM:
         hidden_size=sizes.hidden,
         moe_intermediate_size=sizes.expert_width,
         num_hidden_layers=sizes.layers,
-        num_attention_heads=sizes.hidden // 128,
-        num_key_value_heads=sizes.hidden // 128,
+        num_attention_heads=heads(sizes.hidden, 128),
+        num_key_value_heads=heads(sizes.hidden, 128),
         num_experts=sizes.experts,
         num_experts_per_tok=sizes.top_k,
         norm_topk_prob=True,
@@ -111,6 +111,8 @@ def three_steps(arm: str, sizes: Sizes) -> None:
 
 def main(sizes: Sizes) -> None:
     torch.set_num_threads(sizes.threads)
+    if sizes.only and sizes.only not in ARMS:
+        raise Misuse(f"--only must be one of {', '.join(ARMS)}, got {sizes.only}")
     if sizes.only:
         three_steps(sizes.only, sizes)
         print(resident_gib())
@@ -123,4 +125,4 @@ def main(sizes: Sizes) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Sizes, description=__doc__))
+    start(main, Sizes, __doc__)

@@ -475,10 +475,23 @@ def table(outcomes: dict[tuple[Model, int], Outcome], study: Study) -> str:
     return "\n".join(lines)
 
 
-def main(study: Study) -> None:
-    """Both models, all k: the table, and what may have gone wrong."""
+def check(study: Study) -> None:
+    """End with one line where the study cannot be made."""
     if not set(study.experts) <= {2, 3, 4}:
         raise SystemExit(f"--experts {study.experts}: the theory's powers are known for 2, 3 and 4 of them")
+    if len(set(study.sizes)) < 2 or min(study.sizes) < 1:
+        raise SystemExit(
+            f"--sizes must be two or more different ones, each 1 or more, got {study.sizes}: slopes are of them"
+        )
+    for name in ("replications", "starts", "em_steps", "steps", "seed"):
+        least = 0 if name in ("em_steps", "seed") else 1
+        if getattr(study, name) < least:
+            raise SystemExit(f"--{name.replace('_', '-')} must be {least} or more, got {getattr(study, name)}")
+
+
+def main(study: Study) -> None:
+    """Both models, all k: the table, and what may have gone wrong."""
+    check(study)
     began = time.perf_counter(), time.process_time()
     outcomes = {}
     for model in (SOFTMAX, COMPETITION):

@@ -35,6 +35,9 @@ the second ends in 4 of padding, and must pass every check below. `-` is where t
 def main(names: Sequence[str]) -> int:
     """The page of these packages, or of all."""
     quiet()
+    if unknown := sorted(set(names) - {*ATTACHED, *REFUSED}):
+        print(f"error: packages must be among those of docs/families.md, got {unknown[0]}", file=sys.stderr)
+        return 2
     start = time.perf_counter()
     table = Table()
     for package in ATTACHED:

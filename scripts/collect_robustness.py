@@ -8,9 +8,14 @@ undisturbed model; ± is the standard deviation over seeds.
 
 import json
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
+from typing import Annotated
+
+import tyro
+from one_line import one_line
+
+from moestro import Misuse
 
 
 def rises(path: Path) -> dict[tuple[str, float, str], float]:
@@ -30,10 +35,13 @@ def shown(values: list[float]) -> str:
     return f"{statistics.fmean(values):.3f}{spread}" if values else ""
 
 
-def main() -> None:
+def main(study: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Print the table."""
     found: dict[str, list[dict]] = defaultdict(list)
-    for path in sorted(Path(sys.argv[1]).glob("*/seed-*/routing.json")):
+    for path in sorted(study.glob("*/seed-*/routing.json")):
         found[path.parts[-3]].append(rises(path))
+    if not found:
+        raise Misuse(f"the folder must hold RECIPE/seed-N/routing.json, got {study}")
     tests = list(dict.fromkeys(test for runs in found.values() for run in runs for test in run))
     print(f"| test | amount | layers | {' | '.join(found)} |", "|---|--:|---|" + "--:|" * len(found), sep="\n")
     for test in tests:
@@ -42,4 +50,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        tyro.cli(main, description=__doc__)

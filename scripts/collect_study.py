@@ -8,10 +8,14 @@ environment and summary as `moestro` wrote them, so that a later study can go on
 
 import gzip
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import tyro
+from one_line import one_line
+
+from moestro import Misuse
 
 MEASURES = (
     ("MaxVio", ("max_vio_data",), 2),
@@ -62,9 +66,11 @@ def cell(value: float | None, decimals: int) -> str:
     return "" if value is None else f"{value:.{decimals}f}"
 
 
-def main() -> None:
-    source, target = map(Path, sys.argv[1:])
+def main(source: Annotated[Path, tyro.conf.Positional], target: Annotated[Path, tyro.conf.Positional]) -> None:
+    """Print the table of the runs below `source`, and write them to `target`."""
     runs = sorted(finished(source), key=lambda r: (r["recipe"]["training"]["tokens"], r["recipe"]["name"], r["seed"]))
+    if not runs:
+        raise Misuse(f"the folder must hold finished runs of moestro, got {source}")
     domains = sorted(runs[0]["summary"]["held_out"]["domains"])
     names = [
         "recipe",
@@ -87,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        tyro.cli(main, description=__doc__)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from one_line import one_line
 
 from moestro.data.corpus import MAX_HELD_OUT_BYTES, load_corpus
 
@@ -26,4 +27,5 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    with one_line():
+        tyro.cli(main, description=__doc__)

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 
 import tyro
 from collect_study import measured
+from one_line import one_line
 
+from moestro import Misuse
 from moestro.statistics import Difference, compare_with_first
 
 Run = dict[str, Any]
@@ -84,10 +86,10 @@ def chosen(runs: Sequence[Run], recipe: str, study: Study) -> list[Run]:
         key = (run["recipe"]["name"], training["tokens"], training["learning_rate"])
         if key == (name, budget, study.learning_rate):
             if run["seed"] in found:
-                raise SystemExit(f"two runs of {recipe} with seed {run['seed']}: which?")
+                raise Misuse(f"there must be one run of {recipe} per seed, got two with seed {run['seed']}")
             found[run["seed"]] = run
     if missing := [seed for seed in study.seeds if seed not in found]:
-        raise SystemExit(f"no run of {recipe} with seed {', '.join(map(str, missing))}")
+        raise Misuse(f"{study.runs} must hold {recipe} with seed {', '.join(map(str, missing))}")
     return [found[seed] for seed in study.seeds]
 
 
@@ -117,7 +119,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def main() -> None:
-    study = tyro.cli(Study)
+    study = tyro.cli(Study, description=__doc__)
     with gzip.open(study.runs, "rt") as file:
         runs = [json.loads(line) for line in file]
     found = [chosen(runs, recipe, study) for recipe in study.recipes]
@@ -133,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line():
+        main()

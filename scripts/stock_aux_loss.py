@@ -7,7 +7,9 @@ gradient without), relative to the uncut batch. 1.000 everywhere is what it shou
     python scripts/stock_aux_loss.py
 """
 
+import argparse
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel, Tra
 from moestro import AuxLosses, MoE, MoestroConfig, MoestroForCausalLM
 
 ROWS, LENGTH, VOCABULARY = 16, 64, 128
+CUTS = (1, 2, 4, 8, 16)
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
@@ -95,13 +98,13 @@ def router_gradient(model: PreTrainedModel, micro_batches: int, aux: AuxLosses |
     return keep.value
 
 
-def main() -> None:
+def main(cuts: Sequence[int]) -> None:
     uncut: dict[str, float] = {}
     print(f"{'micro-batches x rows':<22}{'stock':>10}{'ours, per sequence':>22}{'ours, lagged':>16}")
-    for micro_batches in (1, 2, 4, 8, 16):
+    for micro_batches in cuts:
         plain, our_plain = router_gradient(stock(0.0), micro_batches), router_gradient(ours(), micro_batches)
         lagged = AuxLosses(balance=1.0, balance_over="lagged")
-        lagged.load_state_dict({"lagged": previous_load()})
+        lagged.load_state_dict({"steps": 0, "layers": previous_load()})
         sequence = AuxLosses(balance=1.0)
         norms = {
             "stock": router_gradient(stock(1.0), micro_batches) - plain,
@@ -115,11 +118,17 @@ def main() -> None:
         print(f"{cut:<22}{ratios['stock']:>10.3f}{ratios['sequence']:>22.3f}{ratios['lagged']:>16.3f}", flush=True)
 
 
-def previous_load() -> dict[str, torch.Tensor]:
-    """Some load that an earlier step might have left: without one the lagged balance is constant."""
-    load = torch.arange(1.0, 9.0) / 36
-    return {f"model.layers.{index}.feed_forward.0": load for index in range(4)}
+def previous_load() -> dict[str, dict[str, list[float]]]:
+    """Return some load that an earlier step might have left: without one the lagged balance is constant."""
+    load = [(expert + 1) / 36 for expert in range(8)]
+    return {f"model.layers.{index}.feed_forward.0": {"load": load} for index in range(4)}
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cuts", type=int, nargs="+", choices=CUTS, default=CUTS, metavar="N",
+        help=f"micro-batches of the {ROWS} rows, the first of which is what the others are compared with: "
+        f"{', '.join(map(str, CUTS))} (default: all)",
+    )  # fmt: skip
+    main(parser.parse_args().cuts)
