@@ -31,6 +31,7 @@ SMALLEST = {
     "scripts/paired_study.py": f"{RESULTS}/compete/runs.jsonl.gz --recipes smoe smoe+compete:balance_winners=0.05",
     "scripts/attach_every_family.py": "mixtral",
     "scripts/tiny_models.py": "mixtral",
+    "scripts/verdict_simulation.py": "--seeds 3 --recipes 1 --studies 40",
 }
 WITH_FILES = {
     "benchmarks/router_ceiling.py",
