@@ -1,5 +1,6 @@
 """The command line: results on stdout, progress on stderr; exit 0 done, 1 failed, 2 misuse."""
 
+import hashlib
 import os
 import shlex
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated, Literal
 import transformers
 import tyro
 from rich.console import Console
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from moestro.adapters.ranks import rank
 from moestro.compare import compare as compare_runs
@@ -19,19 +21,21 @@ from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.preparation import PreparedData, prepare
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.loading import load_model
-from moestro.gate.ranges import Bytes, Range, Seed, check, check_fields
-from moestro.gate.visible import one_line
+from moestro.gate.parsing import parsed
+from moestro.gate.ranges import Bytes, Positive, Range, Seed, check, check_fields, either, shown
+from moestro.gate.visible import make_visible, one_line
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
 from moestro.listing import print_costs, print_plan, print_recipes
 from moestro.models import MoestroForCausalLM
 from moestro.models.siblings import export_stock
+from moestro.report.printing import Visible, say
 from moestro.report.routing_terminal import print_finding, print_study
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
 from moestro.statistics import MARGIN
 from moestro.sweep import Grid
-from moestro.training.estimate import estimates
+from moestro.training.estimate import check_memory, estimates
 from moestro.training.owner import check_writable
 from moestro.training.ranks import first_rank_first, is_shared, join, on_first_rank, speaks, wait_for_all
 from moestro.training.recipe import Recipe
@@ -156,6 +160,17 @@ class RunFlags:
     dry_run: bool = False
     """Print parameters, FLOPs, memory and time, and stop."""
 
+    def check(self, recipes: Sequence[Recipe]) -> None:
+        """Raise Misuse, before any work, unless the trackers are there and this machine can hold the models."""
+        for name in self.report_to:
+            if name not in (known := [*INTEGRATION_TO_CALLBACK, "all", "none"]):
+                raise Misuse(f"--report-to must be {either(known)}, got {shown(name)}")
+            if name not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
+                raise Misuse(
+                    f"--report-to {name} needs a package that is not installed: install {name}, or leave it out"
+                )
+        check_memory(recipes)
+
 
 def train(
     recipe: tyro.conf.Positional[str],
@@ -179,7 +194,8 @@ def train(
     if run_flags.dry_run:
         print_costs(estimates([chosen]), "1 run")
         return
-    console = Console(stderr=True)
+    run_flags.check([chosen])
+    console = Visible(stderr=True)
     folder = run_flags.out or Path("runs") / f"{slug([recipe])}-{chosen.size}-seed-{seed}"
     join()
     on_first_rank(lambda: check_folder(folder))
@@ -190,7 +206,7 @@ def train(
         return
     if export_stock:
         export(folder)
-    print(f"held-out loss {run.held_out.loss:.4f} nats/token, {run.held_out.bits_per_byte:.4f} bits/byte: {folder}")
+    say(f"held-out loss {run.held_out.loss:.4f} nats/token, {run.held_out.bits_per_byte:.4f} bits/byte: {folder}")
 
 
 def compare(
@@ -217,6 +233,7 @@ def compare(
         allow_unequal: Compare although budgets differ, and mark the table.
         margin: Nats per token: recipes shown to differ by less are called equivalent.
     """
+    check("margin", margin, Positive)
     check("seeds", seeds, Annotated[int, Range(at_least=0, at_most=1_000)])
     check("first_seed", first_seed, Seed)
     check("first_seed and the seeds after it", first_seed + max(seeds, 1) - 1, Seed)
@@ -233,18 +250,20 @@ def compare(
     if run_flags.dry_run:
         print_plan(the_plan)
         return
+    run_flags.check(the_plan.recipes)
     folder = run_flags.out or Path("runs") / f"compare-{slug(recipes)}-{chosen[0].size}"
     join()
     on_first_rank(lambda: check_writable(folder))
     data = first_rank_first(lambda: data_flags.prepare(chosen[0]))
     the_plan = replace(the_plan, recipes=tuple(data_flags.fit(the_plan.recipes, data)))
-    console = Console(stderr=True)
+    console = Visible(stderr=True)
     options = Options(report_to=run_flags.report_to)
     comparison = compare_runs(the_plan, data, folder, console=console, options=options)
     if rank() > 0:
         return
     print_comparison(comparison, Console())
-    print(f"\nreport: {folder / 'report.html'}")
+    print()
+    say(f"report: {folder / 'report.html'}")
 
 
 def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RecipeFlags()) -> None:
@@ -283,7 +302,8 @@ def inspect(
     folder = out or Path("runs") / f"inspect-{slug([checkpoint.name for checkpoint in found])}"
     result = study_routing(found, findings, text, running, folder, command=shlex.join(["moestro", *sys.argv[1:]]))
     print_study(result, console)
-    print(f"\nreport: {folder / 'report.html'}")
+    print()
+    say(f"report: {folder / 'report.html'}")
 
 
 def export(folder: Path) -> None:
@@ -295,7 +315,10 @@ def export(folder: Path) -> None:
 
 def slug(recipes: tuple[str, ...] | list[str]) -> str:
     """A folder name made of recipe specs."""
-    return "-vs-".join("".join(c if c.isalnum() or c in "+-=.," else "_" for c in spec) for spec in recipes)
+    name = "-vs-".join("".join(c if c.isalnum() or c in "+-=.," else "_" for c in spec) for spec in recipes)
+    if len(name.encode()) <= 160:
+        return name
+    return f"{name[:40]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"  # file names have 255 bytes
 
 
 def main() -> None:
@@ -303,10 +326,9 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     commands = {"compare": compare, "train": train, "inspect": inspect, "recipes": recipes}
+    make_visible()
     try:
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog="moestro", description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-        )
+        parsed(commands, __doc__ or "")()
     except Misuse as error:
         fail(error, 2)
     except TrainingFailed as error:

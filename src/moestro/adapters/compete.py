@@ -4,6 +4,7 @@ Answers are computed without graph: experts that lose cost their forward pass an
 everybody else's tokens, in the one pass over the experts that there is anyway.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,9 +28,11 @@ from moestro.competition import (
     used_slots,
 )
 from moestro.competition.scaling import DECAY, next_offset, response_sums, scaled, statistics_of
-from moestro.errors import Misuse
+from moestro.errors import Misuse, TrainingFailed
 from moestro.randomness import content, hashed, number_of
 from moestro.routing import Batch, Competition, MoELayer, Routing
+
+logger = logging.getLogger(__name__)
 
 ENOUGH = 8
 """Tokens that must have competed before their responses say what brings others on one scale."""
@@ -56,6 +59,9 @@ class Competitor:
         self.offset: Tensor | None = None
         """Of each expert's strength, as its wins have moved it."""
         self.statistics: ResponseStatistics | None = None
+        self.counts: Tensor | None = None
+        """Tokens that competed since the last optimiser step, and those of them whose responses are not finite."""
+        self.warned = False
         self.begin(0)
 
     def begin(self, step: int) -> None:
@@ -68,6 +74,7 @@ class Competitor:
 
     def step(self, step: int) -> None:
         """Take in what was seen since the last optimiser step, over all ranks, and be in step `step`."""
+        self.check_counts()
         if self.sums is not None:
             sums, self.sums = over_ranks(self.sums), None
             moments, (wins, within) = sums[:3], sums[3:]
@@ -78,6 +85,20 @@ class Competitor:
                 self.offset = next_offset(offset, wins, within, self.rule.balance_winners)
                 self.statistics = statistics_of(self.seen, self.offset)
         self.begin(step)
+
+    def check_counts(self) -> None:
+        """Warn of the first tokens that could not compete, and raise TrainingFailed where none of a step could.
+
+        Read once per step, because every look at a value waits for the device.
+        """
+        if self.counts is None:
+            return
+        (competed, lost), self.counts = over_ranks(self.counts).tolist(), None
+        if lost and lost == competed:
+            raise TrainingFailed(f"no response is finite at {self.layer.name}: its experts cannot compete")
+        if lost and not self.warned:
+            self.warned = True
+            logger.warning("%d of %d competing tokens at %s have no finite response", lost, competed, self.layer.name)
 
     def count(self, competition: Competition) -> None:
         """Add a record's responses to the statistics of the step, where they need any."""
@@ -106,6 +127,8 @@ class Competitor:
         )
         rule.check(response)
         finite = response.isfinite().all(-1)  # one number that overflowed would be in the statistics for good
+        counts = torch.stack([filled.sum(), (filled & ~finite).sum()])
+        self.counts = counts if self.counts is None else self.counts + counts
         filled, response = filled & finite, response.masked_fill(~finite[:, None], 1.0)
         contest = Competition(token=token, filled=filled, response=response, target=None, winner=None)
         if rule.response_scale != "none" and self.statistics is None:

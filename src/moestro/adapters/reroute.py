@@ -78,6 +78,7 @@ def rerouted(model: nn.Module, tap: Tap, rule: Reroute) -> Iterator[None]:
             layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select, run=tap.answers
         )
         routing = rule(proposal)
+        check_routing(tap.layer, routing, proposed)
         for own, again in selected:
             if own is routing:
                 hand_over(routed, again, proposed)
@@ -167,6 +168,27 @@ class Chooser:
     def says(self) -> str:
         """Who chooses in a way that is not known here."""
         return f"{self.layer.name} cannot be rerouted, {type(self.layer.router).__name__} selects in a way of its own"
+
+
+def check_routing(layer: MoELayer, routing: Any, proposed: Routing) -> None:
+    """Raise Misuse unless a rule's routing can run: whole numbers of experts that the layer has, each with a weight."""
+    if not isinstance(routing, Routing):
+        raise Misuse(f"the rule of {layer.name} must return a Routing, got {type(routing).__name__}")
+    expert, weight = routing.expert, routing.weight
+    if expert.is_floating_point() or expert.is_complex() or expert.dtype == torch.bool:
+        raise Misuse(f"experts chosen in {layer.name} must be whole numbers, got {expert.dtype}")
+    if expert.shape != proposed.expert.shape or weight.shape != expert.shape:
+        raise Misuse(
+            f"experts and weights chosen in {layer.name} must be of shape {tuple(proposed.expert.shape)}, got "
+            f"{tuple(expert.shape)} and {tuple(weight.shape)}"
+        )
+    used = torch.ones_like(expert, dtype=torch.bool) if routing.edge is None else routing.edge
+    absent = used & ((expert < 0) | (expert >= layer.num_experts))
+    if bool(absent.any()):
+        got = int(expert[absent][0])
+        raise Misuse(f"experts chosen in {layer.name} must lie between 0 and {layer.num_experts - 1}, got {got}")
+    if not bool(weight[used].isfinite().all()):
+        raise Misuse(f"weights of the experts chosen in {layer.name} must be finite")
 
 
 def place(routed: Any, given: Tensor) -> int | None:

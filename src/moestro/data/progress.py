@@ -7,15 +7,17 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moestro.gate.visible import visible
+
 Item = TypeVar("Item")
 
 
 def watched(items: Iterable[Item], doing: str, *, total: int | None = None, patience: float = 2.0) -> Iterator[Item]:
     """Pass `items` through; after `patience` seconds show how many went by, if stderr is a terminal."""
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=console, transient=True)
-    task = progress.add_task(doing, total=total)
+    task = progress.add_task(visible(doing), total=total)
     show_at = time.monotonic() + patience if console.is_terminal else float("inf")
     try:
         for item in items:

@@ -5,6 +5,7 @@ character (an ASCII locale, a pipe), it gets the nearest that it can.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -29,6 +30,20 @@ def text(console: Console, words: str, style: str = "") -> Text:
     except UnicodeEncodeError:
         words = words.translate(_ASCII).encode(console.encoding, "backslashreplace").decode(console.encoding)
     return Text(words, style=style)
+
+
+def say(words: str) -> None:
+    """Print one line of the results of a command, however long it is."""
+    console = Console()
+    console.print(text(console, words), soft_wrap=True)
+
+
+class Visible(Console):
+    """A console whose `print` shows plain text as it is: neither markup nor what would steer the terminal is obeyed."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does, texts made visible."""
+        super().print(*(text(self, o) if isinstance(o, str) else o for o in objects), **options)
 
 
 def table(console: Console, corner: str, titles: Sequence[str]) -> Table:

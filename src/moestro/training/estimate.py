@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from moestro.competition.responses import rows_at_once
+from moestro.errors import Misuse
 from moestro.models.configuration import Dense, MoE
 from moestro.models.counting import count_parameters
 from moestro.training.precision import faster_dtype, product_seconds
@@ -49,6 +51,19 @@ def estimates(recipes: Sequence[Recipe], runs: float | int = 1) -> list[Estimate
     dtypes = [auto if r.training.dtype == "auto" else getattr(torch, r.training.dtype) for r in recipes]
     speed = {dtype: 2 * PROBE**3 / product_seconds(dtype, device, size=PROBE) for dtype in set(dtypes)}
     return [estimate(recipe, runs, dtype, speed[dtype]) for recipe, dtype in zip(recipes, dtypes, strict=True)]
+
+
+def check_memory(recipes: Sequence[Recipe]) -> None:
+    """Raise Misuse if a recipe's weights, gradients and AdamW alone take more than all memory of this machine."""
+    cuda = torch.cuda.is_available()
+    memory = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
+    for recipe in recipes:
+        needed = 16 * count_parameters(recipe.model.config(recipe.training.sequence_length)).total
+        if needed > memory:
+            raise Misuse(
+                f"{recipe.name} must fit this machine's {memory / 1e9:,.1f} GB: its weights, gradients and AdamW alone "
+                f"take {needed / 1e9:,.1f} GB (plan it with --dry-run)"
+            )
 
 
 def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float) -> Estimate:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from moestro.gate.visible import visible
+
 
 class MetricsFile(TrainerCallback):
     """Appends every log to `metrics.jsonl`."""
@@ -38,7 +40,7 @@ class ProgressBar(TrainerCallback):
         ]
         self.title, self.console = title, console
         self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task(title, total=None, figures="")
+        self.task = self.bar.add_task(visible(title), total=None, figures="")
         self.said = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,0 +1,57 @@
+"""The command line as one call, or as one line that says why it is none."""
+
+import io
+import re
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
+from functools import partial, wraps
+from typing import Any
+
+import tyro
+
+from moestro.errors import Misuse
+
+_FRAME = "│╭╮╰╯─┌┐└┘|+-• "
+_HELP = re.compile(r"Argument helptext:|For full helptext|Perhaps you meant|Similar|Are you sure")
+"""Where what tyro says turns from the mistake to advice on several lines."""
+
+
+def parsed(commands: Mapping[str, Callable[..., None]], description: str) -> Callable[[], None]:
+    """Parse the command line of `moestro` and return the call that it asks for, not yet made.
+
+    Raises:
+        Misuse: the command line cannot be parsed. tyro draws a box of several lines; this is the box in one.
+        SystemExit: help was asked for and printed.
+    """
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.extras.subcommand_cli_from_dict(
+                {name: deferred(command) for name, command in commands.items()},
+                prog="moestro",
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    raise Misuse(in_one_line(box.getvalue()))
+
+
+def deferred(command: Callable[..., None]) -> Callable[..., Any]:
+    """Return a function that is called as `command` is, and returns the call."""
+
+    @wraps(command)
+    def bind(*args: Any, **options: Any) -> Any:
+        return partial(command, *args, **options)
+
+    return bind
+
+
+def in_one_line(box: str) -> str:
+    """Return the words of a box that tyro drew, without its frame and its advice, and where to find help."""
+    words = " ".join(line.strip(_FRAME) for line in box.splitlines())
+    mistake = " ".join(_HELP.split(words)[0].split())
+    typed = next((word for word in sys.argv[1:2] if word.isalpha()), "")
+    return f"{mistake} (see moestro {typed} --help)" if typed else f"{mistake} (see moestro --help)"
