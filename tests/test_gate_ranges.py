@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moestro import AuxLosses, Compete, Dense, Misuse, MoE, MoestroConfig, RouterRule
-from moestro.cli import DataFlags
+from moestro.flags import DataFlags
 from moestro.gate.ranges import Range, Share, check, wrong
 from moestro.routing_study import Running
 from moestro.sweep import Grid

@@ -1,0 +1,144 @@
+"""Flags that several commands share, and what they mean."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+
+from moestro.data.corpus import MAX_HELD_OUT_BYTES
+from moestro.data.preparation import PreparedData, prepare
+from moestro.errors import Misuse
+from moestro.gate.ranges import Bytes, check_fields, either, shown
+from moestro.sweep import Grid
+from moestro.training.estimate import check_memory
+from moestro.training.recipe import Recipe
+from moestro.training.recipes import recipe
+
+DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 48 * 2**10
+"""Of each domain of the default corpus, so that its largest domain does not drown the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags:
+    """The text."""
+
+    data: tuple[str, ...] = ()
+    """Files, folders, globs or hf:NAME; LABEL=PATH names its domain, PATH::COLUMN its text column. Default: the
+    standard library of this Python."""
+    text_column: str = "text"
+    """Column that holds the text in .jsonl, .csv and .parquet; a+b joins two."""
+    tokenizer: str | None = None
+    """Folder or name of a tokenizer of transformers. Default: a byte-level BPE trained on the text."""
+    max_bytes: Bytes | None = None
+    """Use at most this much of each domain."""
+    max_held_out_bytes: Bytes | None = None
+    """Hold out at most this much of each domain. Default: 5 % of it, at most 256 KiB."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def prepare(self, recipe: Recipe) -> PreparedData:
+        """The data for one recipe."""
+        t = recipe.training
+        train, held_out = (None, MAX_HELD_OUT_BYTES) if self.data else (DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES)
+        return prepare(
+            self.data,
+            tokenizer=self.tokenizer or recipe.model.vocab_size,
+            sequence_length=t.sequence_length,
+            text_column=self.text_column,
+            max_bytes=train if self.max_bytes is None else self.max_bytes,
+            max_held_out_bytes=held_out if self.max_held_out_bytes is None else self.max_held_out_bytes,
+            block_diagonal=t.block_diagonal,
+        )
+
+    def fit(self, recipes: Sequence[Recipe], data: PreparedData) -> list[Recipe]:
+        """The recipes with the vocabulary of a tokenizer that was given; one trained here has the recipe's size."""
+        if self.tokenizer is None:
+            return list(recipes)
+        vocabulary = len(data.tokenizer)
+        return [replace(recipe, model=replace(recipe.model, vocab_size=vocabulary)) for recipe in recipes]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """Fields of every recipe; one recipe's own are overridden as in smoe:top_k=4."""
+
+    size: str = "tiny"
+    """tiny, small, base, large or 7b."""
+    tokens: int | None = None
+    """Training tokens of each run."""
+    batch_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    sequence_length: int | None = None
+    vocab_size: int | None = None
+    learning_rate: float | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    compile: bool | None = None
+    """Compile each decoder layer (pays in long runs)."""
+    checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, more time."""
+    set: tuple[str, ...] = ()
+    """Any other field of every recipe, as FIELD=VALUE."""
+
+    def recipe(self, spec: str) -> Recipe:
+        """The recipe that `spec` names, with these fields."""
+        fields = {k: v for k, v in asdict(self).items() if v is not None and k not in ("size", "set")}
+        for text in self.set:
+            name, equals, value = text.partition("=")
+            if not equals:
+                raise Misuse(f"--set must read FIELD=VALUE, got {text!r}")
+            fields[name] = value
+        return recipe(spec, self.size, **fields)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags:
+    """How learning rates are chosen."""
+
+    sweep: Annotated[
+        tyro.conf.UseAppendAction[tuple[tuple[float, ...], ...]], tyro.conf.arg(metavar="LR [LR ...]")
+    ] = ()
+    """Learning rates: every recipe is first trained at each of them, and compared at its best."""
+    sweep_tokens: int | None = None
+    """Training tokens of those runs. Default: as many as in the comparison."""
+    screening_seed: int = 1000
+    """Their seed, which no interval contains."""
+
+    def grid(self, specs: Sequence[str], recipe_flags: RecipeFlags) -> Grid | None:
+        """The grid that is asked for. Typed in several parts it is all of them."""
+        if not self.sweep:
+            if self.sweep_tokens is not None:
+                raise Misuse("--sweep-tokens needs --sweep")
+            return None
+        typed = [*recipe_flags.set, *(part for spec in specs for part in spec.partition(":")[2].split(","))]
+        fields = [text.partition("=")[0].strip().rpartition(".")[2] for text in typed]
+        if recipe_flags.learning_rate is not None or "learning_rate" in fields:
+            raise Misuse("--sweep chooses every recipe's learning_rate: name it there alone")
+        rates = tuple(rate for part in self.sweep for rate in part)
+        return Grid(learning_rates=rates, seed=self.screening_seed, tokens=self.sweep_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """Where results go."""
+
+    out: Path | None = None
+    """Folder of the results. Default: runs/ and a name made of the recipes."""
+    report_to: tuple[str, ...] = ()
+    """Experiment trackers that transformers knows: tensorboard, wandb, trackio ..."""
+    dry_run: bool = False
+    """Print parameters, FLOPs, memory and time, and stop."""
+
+    def check(self, recipes: Sequence[Recipe]) -> None:
+        """Raise Misuse, before any work, unless the trackers are there and this machine can hold the models."""
+        for name in self.report_to:
+            if name not in (known := [*INTEGRATION_TO_CALLBACK, "all", "none"]):
+                raise Misuse(f"--report-to must be {either(known)}, got {shown(name)}")
+            if name not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
+                raise Misuse(
+                    f"--report-to {name} needs a package that is not installed: install {name}, or leave it out"
+                )
+        check_memory(recipes)
