@@ -59,4 +59,18 @@ BUGS = [
         "elif False:",
         "test_discarded",
     ),
+    Bug(
+        "state: confidence of the favourite, whatever was chosen",
+        "metrics.py",
+        "    score = scores.gather(1, first)[:, 0].masked_fill(~chose, 0.0)",
+        "    score = scores.amax(-1).masked_fill(~chose, 0.0)",
+        "test_metrics",
+    ),
+    Bug(
+        "state: a slot that is not used agrees with a winner",
+        "metrics.py",
+        "        if record.proposed.edge is not None:",
+        "        if False:",
+        "test_metrics",
+    ),
 ]

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import fields, replace
 
 import pytest
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,10 +13,11 @@ from sklearn.metrics.cluster import contingency_matrix
 from sklearn.metrics.cluster import expected_mutual_information as sklearn_expected
 from torch import nn
 
+from moestro.adapters import RoutingMeter, moe_layers
 from moestro.information import expected_mutual_information, mutual_information
 from moestro.metrics import no_sums, routing_figures, routing_sums
 from moestro.routers import RouterRule, route
-from moestro.routing import Batch, LayerRecord, MoELayer, Routing
+from moestro.routing import Batch, Competition, LayerRecord, MoELayer, Routing
 from moestro.samples import subset
 
 
@@ -31,11 +33,21 @@ def layer_of(num_experts: int, top_k: int) -> MoELayer:
 
 
 def record(
-    logits: torch.Tensor, top_k: int, *, valid=None, domain=None, sequence=None, hidden=None, outputs=None, edge=None
+    logits: torch.Tensor,
+    top_k: int,
+    *,
+    valid=None,
+    domain=None,
+    sequence=None,
+    hidden=None,
+    outputs=None,
+    edge=None,
+    rule: RouterRule | None = None,
+    bias=None,
 ) -> LayerRecord:
     sequence = torch.zeros(len(logits), dtype=torch.long) if sequence is None else sequence
     batch = Batch(sequence=sequence, num_sequences=int(sequence.max()) + 1, valid=valid, domain=domain)
-    routing = replace(route(logits, RouterRule(), top_k), edge=edge)
+    routing = replace(route(logits, rule or RouterRule(), top_k, bias=bias), edge=edge)
     return LayerRecord(
         layer=layer_of(logits.shape[1], top_k),
         batch=batch,
@@ -49,6 +61,8 @@ def record(
 def drawn(data: st.DataObject, *, ragged: bool = False) -> LayerRecord:
     """A record of a drawn size: down to one token and one expert, with padding of NaN, edges missing if `ragged`."""
     tokens, experts = data.draw(st.integers(1, 14)), data.draw(st.integers(1, 5))
+    biased = data.draw(st.booleans())
+    rule = RouterRule(scores="sigmoid", selection_bias=True, scale=2.5) if biased else RouterRule()
     top_k = data.draw(st.integers(1, experts))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     valid = None
@@ -68,6 +82,8 @@ def drawn(data: st.DataObject, *, ragged: bool = False) -> LayerRecord:
         sequence=torch.randint(0, 3, (tokens,), generator=g),
         hidden=torch.randn(tokens, 3, generator=g),
         outputs=torch.randn(tokens, top_k, 3, generator=g),
+        rule=rule,
+        bias=2 * torch.randn(experts, generator=g) if biased else None,
     )
     if valid is not None:
         for tensor in (result.hidden, result.outputs, result.routing.scores):
@@ -104,7 +120,9 @@ def test_figures_equal_counting_by_hand(data: st.DataObject, ragged: bool):
             domains[int(of.batch.domain[t])][e] += 1
             sequences[int(of.batch.sequence[t])][e] += 1
         uncertainty.append(-sum(x * math.log(x) for x in p))
-        confidence.append(max(p))
+        if slots := edges(of, t):
+            first = max(slots, key=lambda j: float(of.routing.weight[t, j]))
+            confidence.append(p[int(of.routing.expert[t, first])])
     load = [a + b for a, b in zip(*domains, strict=True)]
     mean_uncertainty = sum(uncertainty) / len(tokens)
     mean_scores = [sum(float(of.routing.scores[t, e]) for t in tokens) / len(tokens) for e in range(experts)]
@@ -115,7 +133,7 @@ def test_figures_equal_counting_by_hand(data: st.DataObject, ragged: bool):
     assert figures.max_vio_batch == pytest.approx(figures.max_vio_data)
     assert figures.dead_experts == load.count(0.0)
     assert figures.entropy == pytest.approx(mean_uncertainty, abs=1e-5)
-    assert figures.confidence == pytest.approx(sum(confidence) / len(tokens), abs=1e-5)
+    assert figures.confidence == pytest.approx(sum(confidence) / len(confidence), abs=1e-5)
     assert figures.mutual_information == pytest.approx(entropy(mean_scores) - mean_uncertainty, abs=1e-5)
     for table, found in (
         (domains, figures.domain_mutual_information),
@@ -342,3 +360,53 @@ def test_labels_that_tell_nothing_have_no_excess_and_labels_that_tell_have_one()
     figures = routing_figures(routing_sums(record(tells, 2, domain=label, sequence=label), num_domains=12))
     assert figures.domain_mutual_information_excess > 0.3
     assert figures.sequence_mutual_information_excess == pytest.approx(figures.domain_mutual_information_excess)
+
+
+def test_confidence_is_that_of_the_first_choice_and_not_of_the_favourite():
+    """A bias sends the token to the second expert; the third's weight is the larger, and the first scores most."""
+    logits = torch.tensor([[0.6, 0.1, 0.3]]).log()
+    of = record(logits, 2, bias=torch.tensor([0.0, 2.0, 1.0]), rule=RouterRule(selection_bias=True))
+    assert of.routing.expert.tolist() == [[1, 2]]
+    assert routing_figures(routing_sums(of)).confidence == pytest.approx(0.3)
+    alone = record(logits, 1, bias=torch.tensor([0.0, 2.0, 1.0]), rule=RouterRule(selection_bias=True))
+    assert routing_figures(routing_sums(alone)).confidence == pytest.approx(0.1)
+
+
+def test_a_token_that_goes_nowhere_has_no_first_choice():
+    logits = torch.tensor([[0.6, 0.1, 0.3], [0.2, 0.5, 0.3]]).log()
+    of = record(logits, 1, edge=torch.tensor([[True], [False]]))
+    assert routing_figures(routing_sums(of)).confidence == pytest.approx(0.6)
+
+
+def test_a_slot_that_is_not_used_agrees_with_no_winner():
+    """Zaya's routers say expert 0 where they send a token to none."""
+    of = record(torch.tensor([[3.0, 2.0, 1.0]]), 2, edge=torch.tensor([[False, True]]))
+    contest = Competition(
+        token=torch.tensor([0]), filled=torch.tensor([True]), response=torch.ones(1, 3), target=None,
+        winner=torch.tensor([[0, 1]]),
+    )  # fmt: skip
+    assert routing_figures(routing_sums(replace(of, competition=contest))).agreement == 0.5
+
+
+def test_figures_of_a_stock_router_with_groups_and_a_bias():
+    """glm4_moe, its choices, scores and weights read off its router and counted one by one."""
+    model, ids = tiny_models.build("glm4_moe").model.eval(), torch.randint(3, tiny_models.VOCABULARY, (3, 20))
+    layer = moe_layers(model)[0]
+    torch.nn.init.normal_(layer.selection_bias, std=0.5)
+    seen = []
+    layer.router.register_forward_hook(lambda module, args, output: seen.append(output))
+    meter = RoutingMeter()
+    with torch.no_grad(), meter.attach(model):
+        model(ids)
+    logits, weights, experts = (value.tolist() for value in seen[0])
+    confidence, count = 0.0, Counter()
+    for row, weight, chosen in zip(logits, weights, experts, strict=True):
+        scores = [1 / (1 + math.exp(-x)) for x in row]
+        first = chosen[max(range(len(chosen)), key=lambda slot: weight[slot])]
+        confidence += scores[first] / sum(scores) / len(logits)
+        count.update(chosen)
+    figures = meter.figures()[layer.name]
+    assert figures.confidence == pytest.approx(confidence, abs=1e-6)
+    assert figures.load == pytest.approx([count[e] / count.total() for e in range(layer.num_experts)])
+    favourites = sum(max(p) / sum(p) for p in ([1 / (1 + math.exp(-x)) for x in row] for row in logits)) / len(logits)
+    assert favourites > figures.confidence + 1e-3

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from moestro.information import expected_mutual_information, mutual_information, total_entropy
 from moestro.losses import slot_scores
-from moestro.routing import LayerRecord, choices_per_group
-from moestro.samples import cosine_sums, overlap_sums
+from moestro.routing import LayerRecord, choices_per_group, chosen
+from moestro.samples import cosine_sums, first_slot, overlap_sums
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,9 @@ class RoutingSums:
     """||s||^2."""
     entropy: Float[Tensor, ""]
     confidence: Float[Tensor, ""]
+    """Score of each token's first choice."""
+    choosing: Float[Tensor, ""]
+    """Tokens that chose an expert: some routers send tokens to none."""
     tokens: Float[Tensor, ""]
     batch_max_vio: Float[Tensor, ""]
     batches: Float[Tensor, ""]
@@ -76,7 +79,7 @@ class RoutingFigures:
     entropy: float
     """Mean entropy of a token's scores, in nats: 0 when certain, log(num_experts) when uniform."""
     confidence: float
-    """Mean score of a token's first choice."""
+    """Mean score of a token's first choice, the chosen expert of largest weight; over tokens that chose one."""
     mutual_information: float
     """Between token and expert, in nats: entropy of the mean scores minus mean entropy of the scores."""
     domain_mutual_information: float
@@ -137,7 +140,7 @@ def routing_sums(record: LayerRecord, num_domains: int = 1, sample: LayerRecord 
         score=scores.sum(0, dtype=torch.float64),
         **slot_score_sums(record),
         entropy=torch.special.entr(scores).sum(dtype=torch.float64),
-        confidence=scores.amax(-1).sum(dtype=torch.float64),
+        **confidence_sums(record, scores),
         tokens=one * len(scores) if batch.valid is None else batch.valid.sum(dtype=torch.float64),
         batch_max_vio=max_violation(load),
         batches=one,
@@ -185,6 +188,18 @@ def slot_score_sums(record: LayerRecord) -> dict[str, Tensor]:
     return {"slot_score": total, "slot_score_square": share.square().sum()}
 
 
+def confidence_sums(record: LayerRecord, scores: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
+    """Sum of the scores at first choices, and their number.
+
+    A first choice need not have the largest score: selection biases, groups and disabled experts come before scores.
+    """
+    used = chosen(record.routing, record.batch) > 0
+    first = record.routing.expert.gather(1, first_slot(record, used))
+    chose = used.any(-1)
+    score = scores.gather(1, first)[:, 0].masked_fill(~chose, 0.0)
+    return {"confidence": score.sum(dtype=torch.float64), "choosing": chose.sum(dtype=torch.float64)}
+
+
 def competition_sums(record: LayerRecord, one: Float[Tensor, ""]) -> dict[str, Tensor]:
     """Tokens that competed, and what the router knew of their winners; zeros where nobody did."""
     met = record.competition
@@ -192,7 +207,10 @@ def competition_sums(record: LayerRecord, one: Float[Tensor, ""]) -> dict[str, T
         return dict.fromkeys(("competing", "winners", "agreed"), 0 * one)
     sums = {"competing": met.filled.sum(dtype=torch.float64), "winners": 0 * one, "agreed": 0 * one}
     if met.winner is not None:
-        known = (record.proposed.expert[met.token][:, :, None] == met.winner[:, None, :]).any(1)
+        proposed = record.proposed.expert
+        if record.proposed.edge is not None:
+            proposed = proposed.masked_fill(~record.proposed.edge, -1)  # a slot that is not used names no choice
+        known = (proposed[met.token][:, :, None] == met.winner[:, None, :]).any(1)
         sums["winners"] = met.filled.sum(dtype=torch.float64) * met.winner.shape[1]
         sums["agreed"] = (known & met.filled[:, None]).sum(dtype=torch.float64)
     return sums
@@ -222,7 +240,7 @@ def routing_figures(sums: RoutingSums) -> RoutingFigures:
         max_vio_data=float(max_violation(load)),
         dead_experts=int((load == 0).sum()),
         entropy=float(mean_entropy),
-        confidence=float(sums.confidence / tokens),
+        confidence=float(sums.confidence / sums.choosing.clamp_min(1)),
         mutual_information=float(torch.special.entr(sums.score / tokens).sum() - mean_entropy),
         domain_mutual_information=float(mutual_information(sums.choices)),
         domain_mutual_information_shuffled=float(shuffled_domains(sums)),
