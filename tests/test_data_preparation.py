@@ -95,9 +95,11 @@ def test_a_second_call_neither_trains_nor_tokenises(
     prepare: Callable[..., PreparedData], sources: list[str], monkeypatch: pytest.MonkeyPatch
 ):
     first = prepare(sources)
-    monkeypatch.setattr("moestro.data.preparation._build", pytest.fail)
+    monkeypatch.setattr("moestro.data.building._fill", pytest.fail)
+    prepare(sources[::-1])  # in another order they are read again
+    monkeypatch.setattr("moestro.data.preparation.load_corpus", pytest.fail)
     began = time.perf_counter()
-    second = prepare(sources[::-1], sequence_length=8, block_diagonal=True)
+    second = prepare(sources, sequence_length=8, block_diagonal=True)
     assert time.perf_counter() - began < 5
     assert (second.hash, second.domains) == (first.hash, first.domains)
     assert second.tokenizer.get_vocab() == first.tokenizer.get_vocab()
@@ -208,37 +210,64 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path: Path):
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     (left_behind,) = tmp_path.iterdir()
     assert (left_behind / "content" / "a").exists()
+    cached_folder(tmp_path / "another", write_all)  # what nobody works on any more goes at once
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["another"]
     cached_folder(tmp_path / "result", write_all)
     assert is_whole(tmp_path / "result")
-    os.utime(left_behind, (0, 0))
-    cached_folder(tmp_path / "another", write_all)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["another", "result"]
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_builders_at_the_same_time_agree(tmp_path: Path, broken: bool):
+def test_builders_at_the_same_time_wait_and_share(tmp_path: Path, broken: bool):
     folder = tmp_path / "result"
     if broken:
         folder.mkdir()
         (folder / "a").write_text("half")
-    together = threading.Barrier(4)
-    built: list[Path] = []
+    builds: list[Path] = []
+    results: list[Path] = []
 
     def build(place: Path) -> None:
+        builds.append(place)
+        time.sleep(0.05)
         write_all(place)
-        together.wait()
 
-    def work() -> None:
-        built.append(cached_folder(folder, build))
-
-    workers = [threading.Thread(target=work) for _ in range(4)]
+    workers = [threading.Thread(target=lambda: results.append(cached_folder(folder, build))) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert built == [folder] * 4
+    assert (len(builds), results) == (1, [folder] * 4)
     assert is_whole(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_build_that_looks_old_is_left_alone(tmp_path: Path):
+    """A clock that jumps, or a file system that keeps old times, must not cost a living build its files."""
+    steps = write_one_by_one
+    alone = threading.Event()
+
+    def slow(place: Path) -> None:
+        step = steps(place)
+        next(step)
+        for path in (place, place.parent, place / "a"):
+            os.utime(path, (0, 0))
+        cached_folder(tmp_path / "another", write_all)
+        list(step)
+        alone.set()
+
+    cached_folder(tmp_path / "result", slow, expected=["a", "b"])
+    assert alone.is_set()
+    assert {path.name: is_whole(path) for path in tmp_path.iterdir()} == {"result": True, "another": True}
+    assert (tmp_path / "result" / "a").read_text() == "a"
+
+
+def test_a_build_that_lost_a_file_is_not_sealed(tmp_path: Path):
+    def build(place: Path) -> None:
+        write_all(place)
+        (place / "a").unlink()
+
+    with pytest.raises(Misuse, match="must be left alone while it is built: a in "):
+        cached_folder(tmp_path / "result", build, expected=["a", "b"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_build_leaves_no_trace(tmp_path: Path):

@@ -1,79 +1,99 @@
-"""Folders that are built once, whoever is killed meanwhile and however many build at the same time."""
+"""Folders that are built exactly once, despite crashes and concurrent builders."""
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from moestro.errors import Misuse
 
 CHECKSUMS = "checksums.json"
 _BUILDING = ".building-"
-_ABANDONED_AFTER = 24 * 3600  # seconds
+_LOCK = "lock"
 
 
 def default_cache_dir() -> Path:
-    """`$MOESTRO_CACHE`, else `~/.cache/moestro`."""
+    """Return `$MOESTRO_CACHE`, else `~/.cache/moestro`."""
     return Path(os.environ.get("MOESTRO_CACHE") or "~/.cache/moestro").expanduser()
 
 
-def cached_folder(folder: Path, build: Callable[[Path], None]) -> Path:
+def cached_folder(folder: Path, build: Callable[[Path], None], *, expected: Iterable[str] = ()) -> Path:
     """Return `folder` as `build` fills it, building it only where it is not there whole.
 
-    `build` fills a temporary folder beside it, which is renamed when complete: a killed build leaves nothing that
-    could be taken for a result. Of several processes that build at once, the first to rename wins and the others
-    use its result. A folder whose files do not match their checksums is built again.
+    `build` fills a folder beside it, which is sealed and renamed when complete: a killed build leaves nothing that
+    could be taken for a result. Other processes wait for the one that builds, and use its result.
     """
     if is_whole(folder):
         return folder
-    workplace = _new_workplace(folder.parent)
-    try:
-        content = workplace / "content"
-        content.mkdir()
-        build(content)
-        (content / CHECKSUMS).write_text(json.dumps(_checksums(content)))
-        _put(content, folder)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+    with workplace(folder.parent, folder.name) as place:
+        if not is_whole(folder):
+            content = place / "content"
+            shutil.rmtree(content, ignore_errors=True)
+            content.mkdir()
+            build(content)
+            seal(content, expected)
+            put(content, folder)
     return folder
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether every file that was written is there and unchanged."""
+@contextlib.contextmanager
+def workplace(parent: Path, name: str) -> Iterator[Path]:
+    """Hold a folder beside the results of `parent` alone, waiting while another process holds it.
+
+    A killed process leaves its folder behind: the next one that asks for the same name gets it with what is in it.
+    Folders of other names that nobody holds are removed. At the end the folder goes, unless the user interrupts.
+    """
+    place = parent / f"{_BUILDING}{name}"
     try:
-        return json.loads((folder / CHECKSUMS).read_text()) == _checksums(folder)
-    except (OSError, ValueError):
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = _locked(place)
+        _clear_abandoned(parent)
+    except OSError as error:
+        raise Misuse(f"the cache folder {parent} must be writable (or set MOESTRO_CACHE): {error}") from error
+    interrupted = False
+    try:
+        yield place
+    except KeyboardInterrupt:
+        interrupted = True
+        raise
+    finally:
+        if not interrupted:
+            shutil.rmtree(place, ignore_errors=True)  # still locked: nobody works in it
+        os.close(lock)
+
+
+def seal(content: Path, expected: Iterable[str] = ()) -> None:
+    """Write down every file's checksum, size and time of change.
+
+    Raises:
+        Misuse: a file that was written is not there any more.
+    """
+    lost = [name for name in expected if not (content / name).is_file()]
+    if lost:
+        raise Misuse(f"the cache folder must be left alone while it is built: {', '.join(lost)} in {content} is gone")
+    replace_text(content / CHECKSUMS, json.dumps({name: _facts(path) for name, path in _files(content)}))
+
+
+def is_whole(folder: Path) -> bool:
+    """Say whether every file that was written is there and unchanged.
+
+    A file of unchanged size and time of change is taken for unchanged; one of another time is read and compared.
+    """
+    try:
+        sealed = json.loads((folder / CHECKSUMS).read_text())
+        files = dict(_files(folder))
+        return files.keys() == sealed.keys() and all(_is_same(path, sealed[name]) for name, path in files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    sums = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != CHECKSUMS:
-            with path.open("rb") as stream:
-                sums[path.relative_to(folder).as_posix()] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return sums
-
-
-def _new_workplace(parent: Path) -> Path:
-    """A private folder beside the results; those that killed processes left behind are cleared away after a day."""
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        for old in parent.glob(f"{_BUILDING}*"):
-            if time.time() - old.stat().st_mtime > _ABANDONED_AFTER:
-                shutil.rmtree(old, ignore_errors=True)
-        return Path(tempfile.mkdtemp(prefix=_BUILDING, dir=parent))
-    except OSError as error:
-        raise Misuse(f"the cache folder {parent} must be writable (or set MOESTRO_CACHE): {error}") from error
-
-
-def _put(content: Path, folder: Path) -> None:
+def put(content: Path, folder: Path) -> None:
     """Rename finished content to its place, unless another process has been faster; a broken folder there gives way."""
     try:
         os.rename(content, folder)
@@ -83,4 +103,65 @@ def _put(content: Path, folder: Path) -> None:
         if not is_whole(folder):
             with contextlib.suppress(FileNotFoundError):  # another process has cleared it away
                 os.rename(folder, content.with_name("broken"))
-            _put(content, folder)
+            put(content, folder)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file in one step: a reader finds the old text or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _locked(place: Path, *, wait: bool = True) -> int:
+    """Make `place`, lock it and return the lock; closing it, or dying, gives the lock back."""
+    while True:
+        place.mkdir(exist_ok=True)
+        lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if _is_current(lock, place / _LOCK):
+                return lock
+        except OSError:
+            os.close(lock)
+            raise
+        os.close(lock)  # whoever held the lock has removed the folder
+
+
+def _is_current(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _clear_abandoned(parent: Path) -> None:
+    """Remove what killed builders left behind: folders that nobody holds."""
+    for place in parent.glob(f"{_BUILDING}*"):
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            lock = _locked(place, wait=False)
+            shutil.rmtree(place, ignore_errors=True)
+            os.close(lock)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != CHECKSUMS:
+            yield path.relative_to(folder).as_posix(), path
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"sha256": _checksum(path), "size": status.st_size, "changed": status.st_mtime_ns}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _is_same(path: Path, sealed: dict[str, Any]) -> bool:
+    status = path.stat()
+    if status.st_size != sealed["size"]:
+        return False
+    return status.st_mtime_ns == sealed["changed"] or _checksum(path) == sealed["sha256"]

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from pathlib import Path
 
 from moestro.data.decontamination import leaked_characters
 from moestro.data.progress import watched
@@ -33,6 +34,7 @@ class Corpus:
 
     train: Train
     held_out: tuple[Document, ...]
+    train_documents: int
     domains: tuple[str, ...]  # sorted
     missing: tuple[str, ...]  # domains of the default corpus that this interpreter lacks
     duplicates: int  # documents dropped because their text had been read before
@@ -49,8 +51,12 @@ def load_corpus(
     held_out_fraction: float = HELD_OUT_FRACTION,
     max_bytes: int | None = None,
     max_held_out_bytes: int = MAX_HELD_OUT_BYTES,
+    folder: Path | None = None,
 ) -> Corpus:
     """Read and split `sources` (`sources.read_source`), or the standard library where none are given.
+
+    The text lies in `folder` while the corpus is used; None makes a temporary one. A folder in which a killed process
+    had read everything is not read into again.
 
     Raises:
         Misuse: as `read_source` and `split_documents`.
@@ -65,6 +71,7 @@ def load_corpus(
         held_out_fraction=held_out_fraction,
         max_bytes=max_bytes,
         max_held_out_bytes=max_held_out_bytes,
+        folder=folder,
     )
     return replace(corpus, missing=missing)
 
@@ -75,6 +82,7 @@ def split_documents(
     held_out_fraction: float = HELD_OUT_FRACTION,
     max_bytes: int | None = None,
     max_held_out_bytes: int = MAX_HELD_OUT_BYTES,
+    folder: Path | None = None,
 ) -> Corpus:
     """Split documents into train and held-out.
 
@@ -94,39 +102,51 @@ def split_documents(
     this way up to eight times as many documents are held out (at most half); where that does not suffice, the text
     repeats itself throughout and stays as it is. `leaked` has what was found in the end.
     """
-    if not 0 < held_out_fraction < 1:
-        raise Misuse(f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}")
-    for name, limit in (("max_bytes", max_bytes), ("max_held_out_bytes", max_held_out_bytes)):
-        if limit is not None and limit < 1:
-            raise Misuse(f"{name} must be at least 1, got {limit}")
-    spool = spooled(documents)
+    check_limits(held_out_fraction, max_bytes, max_held_out_bytes)
+    spool = spooled(documents, folder)
     sides = split(spool, held_out_fraction, max_bytes, max_held_out_bytes)
-    train_bytes, digest = _identify(sides)
+    train_bytes, train_documents, digest = _identify(sides)
     held_out_bytes = bytes_of(sides.held_out)
-    for domain in spool.domains:
+    sizes = spool.sizes()
+    for domain in sizes:
         if not held_out_bytes[domain]:
             logger.warning("domain %s is one short text: all of it is for training, none is held out", domain)
     used = train_bytes + held_out_bytes
     return Corpus(
         train=sides.train,
         held_out=sides.held_out,
-        domains=spool.domains,
+        train_documents=train_documents,
+        domains=tuple(sizes),
         missing=(),
         duplicates=spool.duplicates,
-        left_out={domain: size - used[domain] for domain, size in spool.sizes().items()},
-        shared={domain: sides.shared[domain] for domain in spool.domains},
+        left_out={domain: size - used[domain] for domain, size in sizes.items()},
+        shared={domain: sides.shared[domain] for domain in sizes},
         leaked=leaked_characters(sides.held_out, (document.text for document in sides.train)),
         hash=digest,
     )
 
 
-def _identify(sides: Sides) -> tuple[Counter[str], str]:
-    """Return the bytes of train text per domain and the hash of everything, without reading the train text again."""
+def check_limits(held_out_fraction: float, max_bytes: int | None, max_held_out_bytes: int) -> None:
+    """Refuse impossible limits.
+
+    Raises:
+        Misuse: names the limit and its value.
+    """
+    if not 0 < held_out_fraction < 1:
+        raise Misuse(f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}")
+    for name, limit in (("max_bytes", max_bytes), ("max_held_out_bytes", max_held_out_bytes)):
+        if limit is not None and limit < 1:
+            raise Misuse(f"{name} must be at least 1, got {limit}")
+
+
+def _identify(sides: Sides) -> tuple[Counter[str], int, str]:
+    """Return the train bytes per domain, the number of train documents and the hash of everything."""
     sizes: Counter[str] = Counter()
+    count = 0
     digest = hashlib.sha256()
-    for piece in sides.train.pieces():
+    for count, piece in enumerate(sides.train.pieces(), start=1):  # noqa: B007 (the last count is used below)
         sizes[piece.domain] += piece.size
         digest.update(repr(("train", piece.domain, piece.fingerprint)).encode())
     for document in sides.held_out:
         digest.update(repr(("held-out", document.domain, fingerprint(document.text.encode()))).encode())
-    return sizes, digest.hexdigest()
+    return sizes, count, digest.hexdigest()

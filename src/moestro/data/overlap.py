@@ -13,6 +13,7 @@ SPAN = 200  # characters; held-out text in a span of this length that training h
 _BLOCK = 2**17  # characters hashed at once
 _BORDER = "\ud800"  # stands between texts: half a surrogate pair, which no document holds
 _TABLE_BITS = 24
+_SLOTS = (64 - _TABLE_BITS, 64 - 2 * _TABLE_BITS)  # lowest bits of the parts of a hash that the filter looks at
 
 # Polynomials modulo 2**64. The base is any odd number that mixes well.
 _BASE = 0x9E3779B97F4A7C15
@@ -34,13 +35,17 @@ class Windows:
         hashes = np.concatenate([np.empty(0, np.uint64), *(each for text in codes for each in self._hashes(text))])
         self._known, self._place = np.unique(hashes, return_inverse=True)
         self._found = np.zeros(len(self._known), dtype=bool)
-        self._table = np.zeros(2**_TABLE_BITS, dtype=bool)  # most hashes of other texts are turned away here, fast
-        self._table[_slot(self._known)] = True
+        self._table = np.zeros(
+            2**_TABLE_BITS, dtype=bool
+        )  # a Bloom filter: turns most hashes of other texts away, fast
+        for slot in _SLOTS:
+            self._table[_slot(self._known, slot)] = True
 
     def find(self, text: str) -> None:
         """Mark the windows that stand in `text`; call it as often as there is text."""
         for hashes in self._hashes(self._codes(text)):
-            hashes = hashes[self._table[_slot(hashes)]]
+            for slot in _SLOTS:
+                hashes = hashes[self._table[_slot(hashes, slot)]]
             place = np.minimum(np.searchsorted(self._known, hashes), len(self._known) - 1)
             self._found[place[self._known[place] == hashes]] = True
 
@@ -93,8 +98,8 @@ def _powers(base: int, count: int) -> UInt64[np.ndarray, " _count"]:
     return np.cumprod(powers, dtype=np.uint64)
 
 
-def _slot(hashes: UInt64[np.ndarray, " _windows"]) -> UInt64[np.ndarray, " _windows"]:
-    return hashes >> np.uint64(64 - _TABLE_BITS)
+def _slot(hashes: UInt64[np.ndarray, " _windows"], lowest_bit: int) -> UInt64[np.ndarray, " _windows"]:
+    return (hashes >> np.uint64(lowest_bit)) & np.uint64(2**_TABLE_BITS - 1)
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:

@@ -5,6 +5,8 @@ so that every token of every document is predicted from something. On disk it is
 when read.
 """
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +16,85 @@ from jaxtyping import Int, Integer
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moestro.data.cache import replace_text
+
+_PER_DOCUMENT = ("starts", "domain", "bytes")
+_WRITTEN = "written.json"  # how much of the arrays is complete
+
 IGNORED = -100  # transformers' label for "not predicted"
+
+
+class StreamWriter:
+    """The stream while it is written: documents are appended, and `flush` makes them last.
+
+    A writer that opens the folder of a killed one goes on after its last flush.
+    """
+
+    def __init__(self, folder: Path, *, end_of_text: int, vocabulary: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._end = end_of_text
+        self._state = folder / _WRITTEN
+        tokens = np.uint16 if vocabulary <= 2**16 else np.uint32
+        written = json.loads(self._state.read_text()) if self._state.exists() else {"documents": 0, "tokens": 0}
+        self.documents: int = written["documents"]
+        self._tokens = _GrowingArray(folder / "tokens.npy", tokens, written["tokens"])
+        self._others = [_GrowingArray(folder / f"{name}.npy", np.int64, self.documents) for name in _PER_DOCUMENT]
+        self._new: list[tuple[Integer[np.ndarray, " _tokens"], int, int]] = []
+
+    def append(self, tokens: Integer[np.ndarray, " _tokens"], domain: int, num_bytes: int) -> None:
+        """Add a document."""
+        self._new.append((tokens, domain, num_bytes))
+
+    def flush(self) -> None:
+        """Write what was added."""
+        if self._tokens.length == 0:
+            self._tokens.extend([self._end])
+        lengths = np.array(
+            [len(tokens) + 1 for tokens, _, _ in self._new], dtype=np.int64
+        )  # with the end that closes it
+        starts = self._tokens.length + np.cumsum(lengths) - lengths
+        columns = (starts, [domain for _, domain, _ in self._new], [num_bytes for _, _, num_bytes in self._new])
+        for array, values in zip(self._others, columns, strict=True):
+            array.extend(values)
+        self._tokens.extend(
+            np.concatenate([np.empty(0, np.int64), *(x for t, _, _ in self._new for x in (t, [self._end]))])
+        )
+        self.documents += len(self._new)
+        self._new.clear()
+        replace_text(self._state, json.dumps({"documents": self.documents, "tokens": self._tokens.length}))
+
+    def finish(self) -> None:
+        """Flush and close the arrays; nothing can be added after that."""
+        self.flush()
+        for array in (self._tokens, *self._others):
+            array.close()
+
+
+class _GrowingArray:
+    """A `.npy` file of one axis that is written from front to back; `length` says where it goes on."""
+
+    def __init__(self, path: Path, dtype: type[np.integer], length: int) -> None:
+        self._dtype = np.dtype(dtype)
+        self._file = path.open("r+b" if length else "w+b")
+        self.length = length
+        self._write_header()
+        self._file.truncate(self._file.tell() + length * self._dtype.itemsize)
+        self._file.seek(0, os.SEEK_END)
+
+    def extend(self, values: Integer[np.ndarray, " _length"] | Sequence[int]) -> None:
+        self._file.write(np.asarray(values).astype(self._dtype).tobytes())
+        self._file.flush()
+        self.length += len(values)
+
+    def close(self) -> None:
+        self._write_header()
+        self._file.close()
+
+    def _write_header(self) -> None:
+        """numpy pads the header so that a longer array's takes the same room."""
+        self._file.seek(0)
+        shape = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self._file, shape)
 
 
 def write_stream(
@@ -27,15 +107,10 @@ def write_stream(
     num_bytes: Sequence[int],
 ) -> None:
     """Write tokenised documents to `folder` (made here): the stream, each document's first place, domain and bytes."""
-    dtype = np.uint16 if vocabulary <= 2**16 else np.uint32
-    end = np.array([end_of_text], dtype=dtype)
-    pieces = [end] + [piece for tokens in documents for piece in (tokens.astype(dtype), end)]
-    lengths = np.array([len(tokens) + 1 for tokens in documents], dtype=np.int64)  # with the end that closes it
-    folder.mkdir(parents=True)
-    np.save(folder / "tokens.npy", np.concatenate(pieces))
-    np.save(folder / "starts.npy", 1 + np.cumsum(lengths) - lengths)
-    np.save(folder / "domain.npy", np.array(domain, dtype=np.int64))
-    np.save(folder / "bytes.npy", np.array(num_bytes, dtype=np.int64))
+    writer = StreamWriter(folder, end_of_text=end_of_text, vocabulary=vocabulary)
+    for document in zip(documents, domain, num_bytes, strict=True):
+        writer.append(*document)
+    writer.finish()
 
 
 class PackedRows(Dataset[dict[str, Tensor]]):
@@ -65,8 +140,8 @@ class PackedRows(Dataset[dict[str, Tensor]]):
         self.block_diagonal = block_diagonal
         self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
         self.document_starts = np.load(folder / "starts.npy", mmap_mode="r")
-        self.document_domain = np.load(folder / "domain.npy")
-        self.document_bytes = np.load(folder / "bytes.npy")
+        self.document_domain = np.load(folder / "domain.npy", mmap_mode="r")
+        self.document_bytes = np.load(folder / "bytes.npy", mmap_mode="r")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Workers that are spawned map the files again; pickling the arrays would copy the corpus to each."""

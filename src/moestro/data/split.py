@@ -5,6 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from moestro.data.decontamination import unseen_parts
 from moestro.data.sources import Document
@@ -47,7 +48,11 @@ class Train:
             self._limit(max_bytes)
 
     def __iter__(self) -> Iterator[Document]:
-        return map(self._spool.read, self.pieces())
+        return self.documents()
+
+    def documents(self, start: int = 0, step: int = 1) -> Iterator[Document]:
+        """Read every `step`-th document from the `start`-th one on."""
+        return map(self._spool.read, islice(self.pieces(), start, None, step))
 
     def pieces(self) -> Iterator[Piece]:
         """Yield where the documents lie."""

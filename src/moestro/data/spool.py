@@ -5,6 +5,7 @@ duplicates and shuffles text of any size in bounded memory.
 """
 
 import hashlib
+import json
 import os
 import sqlite3
 from collections import Counter
@@ -13,9 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from moestro.data.cache import replace_text
 from moestro.data.sources import Document
 
 WINDOW = 64 * 1024  # characters; a longer document is cut at line ends
+_DONE = "read.json"  # in a spool that is complete
 MIN_WINDOW = 1024
 FEW_DOCUMENTS = 20  # below this a split by whole documents has no use
 
@@ -51,13 +54,18 @@ class Spool:
         if folder is None:
             self._temporary = TemporaryDirectory(prefix="moestro-")  # goes when the spool goes
             folder = Path(self._temporary.name)
-        self._texts = (folder / "texts").open("a+b")
+        self._done = folder / _DONE
+        complete = self._done.exists()
+        self._texts = (folder / "texts").open("rb" if complete else "w+b")
+        if not complete:
+            (folder / "index.sqlite").unlink(missing_ok=True)
+        self._index = sqlite3.connect(folder / "index.sqlite", check_same_thread=False)  # tokenizers read in their own
+        if not complete:
+            self._index.executescript(_TABLES)
         self._end = 0
-        self._index = sqlite3.connect(folder / "index.sqlite")
-        self._index.executescript(_TABLES)
         self._characters: Counter[str] = Counter()
         self._documents: Counter[str] = Counter()
-        self.duplicates = 0
+        self.duplicates: int = json.loads(self._done.read_text()) if complete else 0
 
     def add(self, document: Document) -> None:
         """Take one document in, unless its text is there already."""
@@ -80,11 +88,12 @@ class Spool:
             if count < FEW_DOCUMENTS:
                 self._cut_into_windows(domain)
         self._index.commit()
+        replace_text(self._done, json.dumps(self.duplicates))
 
     @property
-    def domains(self) -> tuple[str, ...]:
-        """The names of all domains, sorted."""
-        return tuple(sorted(self._documents))
+    def complete(self) -> bool:
+        """Whether everything was read, now or before a kill."""
+        return self._done.exists()
 
     def pieces(self) -> Iterator[Piece]:
         """Yield all pieces in the order of their fingerprints: a shuffle that mixes the domains."""
@@ -97,8 +106,8 @@ class Spool:
         return {domain: (smallest, largest) for domain, smallest, largest in rows}
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each domain."""
-        return dict(self._index.execute("SELECT domain, sum(size) FROM pieces GROUP BY domain"))
+        """Return the bytes of each domain, in the order of their names."""
+        return dict(self._index.execute("SELECT domain, sum(size) FROM pieces GROUP BY domain ORDER BY domain"))
 
     def read(self, piece: Piece) -> Document:
         """Return a piece with its text."""
@@ -146,9 +155,10 @@ def windows(document: Document, limit: int) -> Iterator[Document]:
 
 
 def spooled(documents: Iterable[Document], folder: Path | None = None) -> Spool:
-    """Write all documents to `folder` (None: a temporary one)."""
+    """Write all documents to `folder` (None: a temporary one), unless it is complete already."""
     spool = Spool(folder)
-    for document in documents:
+    for document in () if spool.complete else documents:
         spool.add(document)
-    spool.finish()
+    if not spool.complete:
+        spool.finish()
     return spool

@@ -1,6 +1,6 @@
 """The default corpus: the Python standard library of the interpreter that runs us. No download, four domains."""
 
-import importlib
+import importlib.util
 import os
 import sys
 import sysconfig
@@ -26,6 +26,16 @@ def read_standard_library() -> tuple[list[Document], tuple[str, ...]]:
     documents = [*_read_code(), *_read_documentation(), *_read_headers()]
     present = {document.domain for document in documents}
     return documents, tuple(domain for domain in DOMAINS if domain not in present)
+
+
+def files() -> Iterator[Path]:
+    """Yield every file that documents are read from."""
+    for name, ending in (("stdlib", ".py"), ("include", ".h")):
+        root = Path(sysconfig.get_path(name))
+        yield from (root / path for path in _files_below(root, ending))
+    topics = importlib.util.find_spec("pydoc_data.topics") if importlib.util.find_spec("pydoc_data") else None
+    if topics is not None and topics.origin is not None:
+        yield Path(topics.origin)
 
 
 def _read_code() -> Iterator[Document]:

@@ -1,0 +1,51 @@
+"""Whether sources are those of last time, told without reading them: paths, sizes and times of change."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from glob import glob
+from pathlib import Path
+
+from moestro.data import standard_library
+from moestro.data.sources import parse_source
+
+
+def inventory(sources: Sequence[str], *options: object) -> str | None:
+    """Return a hash of the files that `sources` name and of `options`; None if there are sources that are no files.
+
+    Every file below a folder is looked at, also those that are not read: one change too many costs a reading, one
+    too few would train on old text. A file that is written anew has another time of change, whatever its size.
+    """
+    places = [parse_source(spec).place for spec in sources]
+    if any(place.startswith("hf:") for place in places):
+        return None
+    files = [_files(place) for place in places] if sources else [standard_library.files()]
+    digest = hashlib.sha256(repr((tuple(sources), options)).encode())
+    for path in (path for each in files for path in each):
+        status = path.stat()
+        entry = (os.fspath(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        digest.update(repr(entry).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
+def _files(place: str) -> Iterator[Path]:
+    """Yield the files of a file's, folder's or glob's name; nothing where there is none."""
+    path = Path(place).expanduser()
+    for match in [path] if path.exists() else sorted(map(Path, glob(str(path), recursive=True))):
+        if match.is_dir():
+            yield from _below(match)
+        elif match.exists():
+            yield match.absolute()
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder in sorted order; linked folders are followed, each real folder once."""
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder.absolute(), followlinks=True):
+        status = os.stat(parent)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders.sort()
+        yield from (path for name in sorted(names) if (path := Path(parent, name)).exists())
