@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ import numpy as np
 from jaxtyping import Integer
 from transformers import PreTrainedTokenizerBase
 
-import moestro
 from moestro.data import standard_library
 from moestro.data.building import LAYOUT, build, find, folder_of, identity
 from moestro.data.cache import default_cache_dir
@@ -75,7 +75,7 @@ def prepare(
     cache = cache_dir or default_cache_dir()
     given = tokenizer if isinstance(tokenizer, int) else load_tokenizer(tokenizer)
     options = (text_column, held_out_fraction, max_bytes, max_held_out_bytes)
-    listed = partial(inventory, sources, options, LAYOUT, moestro.__version__, identity(given))
+    listed = partial(inventory, sources, options, LAYOUT, version("moestro"), identity(given))
     load = partial(
         load_corpus,
         sources,
