@@ -24,4 +24,32 @@ BUGS = [
         "per_token = (pair * off_diagonal(products.square())).sum((-2, -1))",
         "test_loss_units",
     ),
+    Bug(
+        "losses: a term of several passes is the last one's in the log",
+        "adapters/aux_losses.py",
+        "torch.stack(parts).detach().sum(0) / divisor",
+        "torch.stack(parts).detach()[-1] / divisor",
+        "test_attach_trl",
+    ),
+    Bug(
+        "losses: the log's terms are sums over steps",
+        "adapters/loss_log.py",
+        "values / (steps * num_ranks())",
+        "values / num_ranks()",
+        "test_loss_log",
+    ),
+    Bug(
+        "losses: the log forgets to divide what the Trainer divides",
+        "adapters/trainers.py",
+        "apart.add(task, terms, 1 if scaled else",
+        "apart.add(task, terms, 1 if True else",
+        "test_loss_log",
+    ),
+    Bug(
+        "losses: nothing is apart in the log",
+        "adapters/trainers.py",
+        'if "loss" in logs:',
+        'if "eval_loss" in logs:',
+        "test_loss_log",
+    ),
 ]

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import IntervalStrategy, PreTrainedTokenizerFast, TrainerCallback
 
 from moestro import AuxLosses, Misuse
 from test_aux_losses import assert_equal
@@ -169,3 +169,15 @@ def test_grpo_has_one_gradient_under_equal_cuts(tmp_path: Path, tokenizer: Any):
     with pytest.raises(AssertionError):
         assert_equal(whole, plain, 1e-2)
     assert_equal(one_step(grpo(tmp_path, tokenizer, 2, 2), AuxLosses(**LOSSES)), whole)
+
+
+@pytest.mark.parametrize("kind", [sft, dpo, grpo])
+def test_what_is_task_and_what_is_auxiliary_is_logged_apart(kind: Any, tmp_path: Path, tokenizer: Any):
+    trainer = kind(tmp_path, tokenizer, 2, 2)(copy.deepcopy(tiny_models.build("qwen3_moe").model), Gradients())
+    trainer.args.logging_strategy, trainer.args.logging_steps = IntervalStrategy.STEPS, 1
+    with AuxLosses(**LOSSES).attach(trainer):
+        trainer.train()
+    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    found = {name: value for name, value in entry.items() if name == "loss_task" or name.startswith("aux/")}
+    assert set(found) == {"loss_task", *(f"aux/{name}" for name in LOSSES if name != "orthogonality_form")}
+    assert sum(found.values()) == pytest.approx(entry["loss"], rel=1e-4, abs=1e-6)

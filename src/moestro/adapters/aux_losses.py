@@ -91,6 +91,8 @@ class AuxLosses:
     """Optimiser steps so far."""
     last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Unweighted value of each loss in the latest micro-batch, detached (as much of it as that micro-batch is)."""
+    weighted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
+    """What each loss adds to the latest total, detached."""
     firings: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     """How often each layer ran in the latest pass with gradients."""
     _layers: list[LayerLosses] = field(default_factory=list, init=False, repr=False)
@@ -230,32 +232,37 @@ class AuxLosses:
         passes, self._passes = self._passes, []
         if not passes or not self.weights:
             return None
-        total = torch.stack([self._weighted(terms) for terms in passes]).sum()
+        weighted = [self._weighted(terms) for terms in passes]
         # Where sequences count alike, several passes in one go are the parts of one batch.
-        alike = self._trainer is not None and self._trainer.items is None
-        return total / len(passes) if alike else total
+        divisor = len(passes) if self._trainer is not None and self._trainer.items is None else 1
+        parts = [torch.stack([*values.values()]) for values in weighted]
+        self.weighted = dict(zip(weighted[0], (torch.stack(parts).detach().sum(0) / divisor).unbind(), strict=True))
+        total = torch.stack([part.sum() for part in parts]).sum()
+        self._check_finite(total, passes)
+        return total / divisor if divisor > 1 else total
 
-    def _weighted(self, terms: list[dict[str, Tensor]]) -> Tensor:
-        """One pass's total; checked once for all layers, because every look at a value waits for the device."""
-        weights, self.last, parts = self.weights, {}, []
+    def _weighted(self, terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Each loss of one pass, weighted, over all layers."""
+        weights, self.last, parts = self.weights, {}, {}
         for name, weight in weights.items():
             mine = [(state, term[name]) for state, term in zip(self._layers, terms, strict=True) if name in term]
             values = torch.stack([value.to(mine[0][1].device) for _, value in mine])
             scales = [state.scale(state.names.index(name)) for state, _ in mine]
             self.last[name] = values.detach().sum() / self._blocks
             scaled = [value * scale for value, scale in zip(values.unbind(), scales, strict=True)]
-            parts.append(weight * sum(scaled[1:], scaled[0]) / self._blocks)
-        total = torch.stack(parts).sum()
-        if not torch.compiler.is_compiling() and not bool(total.detach().isfinite()):
-            raise TrainingFailed(self._what_broke(terms))
-        return total
+            parts[name] = weight * sum(scaled[1:], scaled[0]) / self._blocks
+        return parts
 
-    def _what_broke(self, terms: list[dict[str, Tensor]]) -> str:
-        for state, term in zip(self._layers, terms, strict=True):
-            for name, value in term.items():
-                if not bool(value.isfinite()):
-                    return f"{name} is {value.item()} at {state.layer.name}"
-        return "the sum of the auxiliary losses is not finite"
+    def _check_finite(self, total: Tensor, passes: list[list[dict[str, Tensor]]]) -> None:
+        """Checked once for all layers, because every look at a value waits for the device."""
+        if torch.compiler.is_compiling() or bool(total.detach().isfinite()):
+            return
+        for terms in passes:
+            for state, term in zip(self._layers, terms, strict=True):
+                for name, value in term.items():
+                    if not bool(value.isfinite()):
+                        raise TrainingFailed(f"{name} is {value.item()} at {state.layer.name}")
+        raise TrainingFailed("the sum of the auxiliary losses is not finite")
 
     @contextmanager
     def micro_batch(self, trainer: TrainerBatch) -> Iterator[None]:

@@ -9,6 +9,11 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def num_ranks() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def over_ranks(value: Tensor) -> Tensor:
     """The sum over all ranks."""
     if dist.is_initialized():

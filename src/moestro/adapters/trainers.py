@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from moestro.adapters.batch import TrainerBatch
+from moestro.adapters.loss_log import LossLog
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
 
@@ -23,9 +24,11 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | None) -> Iterator[None]:
-    """Wrap the trainer's `compute_loss`, the one seam that all trainers share, until the context ends."""
+    """Wrap `compute_loss`, the one seam that all trainers share, and `log`, until the context ends."""
     assert trainer.model is not None
-    original, own = trainer.compute_loss, trainer.__dict__.get("compute_loss")
+    batch, apart = TrainerBatch(), LossLog()
+    original, log = trainer.compute_loss, trainer.log
+    own = {name: trainer.__dict__[name] for name in ("compute_loss", "log") if name in trainer.__dict__}
 
     def compute_loss(
         model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -42,35 +45,45 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
             if aux.weights and model.training and torch.is_grad_enabled():
                 raise Misuse("the model's passes go unseen: attach before torch.compile, not after it")
             return result
-        if batch.items is None and scaled:  # the loss is divided already (GRPO), so ours is not divided after this
-            total = total / trainer.current_gradient_accumulation_steps
-        elif batch.items is not None and trainer.args.average_tokens_across_devices:
-            # The Trainer multiplies its loss by the number of ranks, because gradients are averaged over them.
-            total = total * (trainer.accelerator.num_processes // trainer.get_tp_size())
-        if isinstance(result, tuple):
-            return result[0] + total, result[1]
-        return result + total
+        task, *rest = result if isinstance(result, tuple) else (result,)
+        terms = {name: as_added(value, trainer, batch, scaled=scaled) for name, value in aux.weighted.items()}
+        apart.add(task, terms, 1 if scaled else trainer.current_gradient_accumulation_steps)
+        task = task + as_added(total, trainer, batch, scaled=scaled)
+        return (task, *rest) if rest else task
+
+    def log_apart(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= apart.figures(trainer.state.global_step)
+        log(logs, *args, **kwargs)
 
     class AuxLossesState(State):
         # Of the class: the Trainer may make an instance anew when it resumes.
-        losses, accelerator = aux, trainer.accelerator
+        losses, accelerator, log = aux, trainer.accelerator, apart
 
-    batch = TrainerBatch()
     with ExitStack() as stack:
         if aux.balance:
             stack.enter_context(trl_balance_off(trainer))
         model = trainer.accelerator.unwrap_model(trainer.model)
         watching = stack.enter_context(aux.to_model(model, layers, trainer=batch))
         stack.callback(watching.withheld.clear)
-        trainer.compute_loss = compute_loss  # type: ignore[method-assign]
+        trainer.compute_loss, trainer.log = compute_loss, log_apart  # type: ignore[method-assign]
         trainer.add_callback(AuxLossesState)
         try:
             yield
         finally:
             trainer.remove_callback(AuxLossesState)
-            del trainer.compute_loss
-            if own is not None:
-                trainer.compute_loss = own
+            del trainer.compute_loss, trainer.log
+            trainer.__dict__.update(own)
+
+
+def as_added(loss: Tensor, trainer: Trainer, batch: TrainerBatch, *, scaled: bool) -> Tensor:
+    """An auxiliary loss as it must be added to the trainer's loss."""
+    if batch.items is None and scaled:  # the loss is divided already (GRPO), so ours is not divided after this
+        return loss / trainer.current_gradient_accumulation_steps
+    if batch.items is not None and trainer.args.average_tokens_across_devices:
+        # The Trainer multiplies its loss by the number of ranks, because gradients are averaged over them.
+        return loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
+    return loss
 
 
 def is_scaled(trainer: Trainer, items: Any) -> bool:
@@ -101,6 +114,7 @@ class State(TrainerCallback, ExportableState):
 
     losses: "AuxLosses"
     accelerator: Accelerator
+    log: LossLog
     scale = 0.0
     """The gradient scaler's factor before the optimiser's step."""
     begun: dict[str, Any] | None = None
@@ -127,6 +141,7 @@ class State(TrainerCallback, ExportableState):
         count no more than for the Trainer; only selection biases stay, as weights do.
         """
         self.losses.discard()
+        self.log.begin(state.global_step)
         saved = (state.stateful_callbacks or {}).get(type(self).__name__)
         resumed = state.global_step > 0 and isinstance(saved, dict) and "layers" in saved["attributes"]
         if resumed:

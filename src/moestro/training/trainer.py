@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from moestro.adapters import AuxLosses, RoutingMeter
+from moestro.adapters.loss_log import TASK
 from moestro.errors import TrainingFailed
 from moestro.training.checkpoints import last_complete, mark_complete, refuse_non_finite
 from moestro.training.ranks import any_rank, on_first_rank, together
@@ -96,9 +97,9 @@ class PretrainingTrainer(Trainer):
             dist.all_reduce(total, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
             total = total if dist.get_backend() == "nccl" else total / dist.get_world_size()
         steps = self.state.global_step - self._logged_steps
+        logs.pop(TASK, None)  # it is `loss` here, of dense models too
         added = {"objective": logs["loss"], "loss": float(total) / steps, "tokens": self.tokens_seen}
         added["tokens_per_second"] = self.tokens_per_second()
-        added |= {f"aux/{name}": float(value) for name, value in self.aux.last.items()}
         if self.meter is not None:
             figures = self.meter.figures()
             added["max_vio"] = max((f.max_vio_batch for f in figures.values()), default=0.0)
