@@ -74,6 +74,15 @@ def test_losses_that_are_not_divided_by_the_items_add_up_too(tmp_path: Path):
         assert sum(apart(entry).values()) == pytest.approx(entry["loss"], rel=1e-5)
 
 
+def test_several_passes_are_one_term_each():
+    model, aux, batch = tiny_model(), AuxLosses(**LOSSES), ragged_batch()
+    with aux.attach(model, add_to_loss=False):
+        for part in (0, 4):
+            model(**{name: value[part : part + 4] for name, value in batch.items()})
+        total = aux.total()
+    assert sum(aux.weighted.values()) == pytest.approx(float(total), rel=1e-6)  # type: ignore[arg-type]
+
+
 def test_evaluation_and_what_comes_after_are_as_they_were(tmp_path: Path):
     trainer = trainer_of(tiny_model(), arguments(tmp_path, max_steps=2, logging_steps=1))
     trainer.eval_dataset = trainer.train_dataset
