@@ -441,7 +441,13 @@ BUGS = [
         "test_reroute",
     ),
     Bug("the screening seed in the interval", "sweep.py", "if self.seed in seeds:", "if False:", "test_sweep"),
-    Bug("a failed screening run tried again", "sweep.py", "if note.exists():", "if False:", "test_sweep"),
+    Bug(
+        "a failed screening run tried again",
+        "sweep.py",
+        "note.read_text() if note.exists() else None",
+        "None",
+        "test_sweep",
+    ),
     Bug("one recipe's rate for all", "sweep.py", "chosen.chosen[r.name]", "min(chosen.chosen.values())", "test_sweep"),
     Bug(
         "dtype decided anew for what is added",

@@ -178,9 +178,8 @@ def train_or_read(
     where = run_folder(folder, recipe, seed, the_plan)
     rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
     screening = the_plan.grid is not None and seed == the_plan.grid.seed
-    on_first_rank(
-        lambda: open_run(where, describe_run(recipe, data, seed))
-    )  # before a failure is read there: it must be this run's
+    # Before a failure is read there: it must be this run's.
+    on_first_rank(lambda: open_run(where, describe_run(recipe, data, seed)))
     try:
         with noted_failure(where) if screening else nullcontext():
             run = train(recipe, data, where, seed=seed, console=console, options=options)

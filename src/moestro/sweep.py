@@ -13,6 +13,7 @@ from moestro.comparison import Run, Screened, Sweep
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.ranges import Positive, Seed, Tokens, check_fields
 from moestro.records import write_atomically
+from moestro.training.ranks import on_first_rank
 from moestro.training.recipe import Recipe
 
 FAILED = "failed.txt"
@@ -75,12 +76,13 @@ def screen(recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run]) -> Scre
 def noted_failure(folder: Path) -> Iterator[None]:
     """Note in a run's folder that it failed, and where it failed before do not try again: it would fail again."""
     note = folder / FAILED
-    if note.exists():
-        raise TrainingFailed(f"failed before: {note.read_text()} (to try again, remove {folder})")
+    if (before := on_first_rank(lambda: note.read_text() if note.exists() else None)) is not None:
+        raise TrainingFailed(f"failed before: {before} (to try again, remove {folder})")
     try:
         yield
     except TrainingFailed as error:
-        write_atomically(note, str(error))
+        said = str(error)
+        on_first_rank(lambda: write_atomically(note, said))
         raise
 
 
