@@ -31,4 +31,25 @@ BUGS = [
         "pass",
         "test_recomputation",
     ),
+    Bug(
+        "masks: padding that a kernel was given keys for counts as tokens",
+        "adapters/masks.py",
+        "valid = own & ~(may.all(2) & ~may[:, -1, past:])",
+        "valid = own",
+        "test_masks",
+    ),
+    Bug(
+        "masks: additive masks are read as numbers of valid tokens",
+        "adapters/masks.py",
+        "mask > MASKED if mask.is_floating_point() else mask.bool()",
+        "mask.bool()",
+        "test_masks",
+    ),
+    Bug(
+        "masks: sequences packed by a mask count as one",
+        "adapters/masks.py",
+        "return Layout(valid.expand(rows, length), starts_at(~before.expand(rows, length - 1)))",
+        "return Layout(valid.expand(rows, length))",
+        "test_masks",
+    ),
 ]

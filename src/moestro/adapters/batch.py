@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.adapters.masks import layout, positions
 from moestro.errors import Misuse
 from moestro.routing import Batch
 
@@ -23,10 +24,9 @@ class TrainerBatch:
 
 
 def describe(inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_labels: bool = True) -> Batch:
-    """The batch of one forward pass; `shifts_labels`: position i is scored by label i + 1, as in causal losses.
+    """Return the batch of one forward pass; `shifts_labels`: position i is scored by label i + 1, as in causal losses.
 
-    A sequence is a row; or, where there is no mask and positions start anew within rows (packing without padding, as
-    TRL's `padding_free` does), what lies between two starts.
+    A sequence is a row, or what lies between two starts where several are packed into a row (moestro.adapters.masks).
     """
     tokens = inputs.get("input_ids")
     if tokens is None:
@@ -34,35 +34,20 @@ def describe(inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_lab
     if tokens is None:
         raise Misuse("the model must be called with input_ids or inputs_embeds")
     rows, length = tokens.shape[:2]
-    mask, position = plane(inputs.get("attention_mask")), plane(inputs.get("position_ids"))
-    if position is not None:
-        position = position.expand(rows, length)
-    sequence = torch.arange(rows, device=tokens.device).repeat_interleave(length)
+    found, position = layout(inputs, rows, length), positions(inputs.get("position_ids"), rows, length)
     label = label_positions(inputs, shifts_labels)
     if label is not None and label.shape != tokens.shape[:2]:
         label = None  # a trainer's own way to batch
+    row = torch.arange(rows, device=tokens.device).repeat_interleave(length)
     return Batch(
-        sequence=sequence if mask is not None or position is None else sequence_by_position(position),
-        num_sequences=rows if mask is not None or position is None else rows * length,
-        # With a cache the mask covers the past too; the tokens of this pass are its last columns.
-        valid=None if mask is None else mask[:, -length:].bool().flatten(),
+        sequence=row if found.starts is None else found.starts.flatten().cumsum(0).to(row.device) - 1,
+        num_sequences=rows if found.starts is None else rows * length,
+        valid=None if found.valid is None else found.valid.flatten(),
         label=None if label is None else label.flatten(),
         position=None if position is None else position.flatten(),
         input_ids=inputs["input_ids"].flatten() if inputs.get("input_ids") is not None else None,
         domain=None if domain is None else domain.to(tokens.device).flatten(),
     )
-
-
-def plane(value: Any) -> Tensor | None:
-    """The value, where it is a matrix [batch, sequence]: masks may be 4-D, dicts or absent, positions 3-D."""
-    return value if isinstance(value, Tensor) and value.ndim == 2 else None
-
-
-def sequence_by_position(position: Tensor) -> Tensor:
-    """Index of each token's sequence, where every position 0 and every row begins a new one."""
-    starts = position == 0
-    starts[:, 0] = True
-    return starts.flatten().cumsum(0) - 1
 
 
 def label_positions(inputs: dict[str, Any], shifts_labels: bool) -> Tensor | None:

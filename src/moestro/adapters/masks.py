@@ -1,0 +1,139 @@
+"""Which of a batch's tokens are padding and where its sequences begin, from whatever attention is told of it.
+
+Models take a matrix of valid tokens, a mask of queries and keys (True, or 0 and not minus infinity, where a query may
+attend), a BlockMask of flex attention, one of these per type of layer, or the bounds of sequences packed into rows.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moestro.errors import Misuse
+
+MASKED = -5000.0
+"""Additive masks are below it where a query may not attend: minus infinity, a dtype's least number, -1e9 or -1e4."""
+
+BOUNDS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens", "cu_seqlens")
+"""Names of the ends of packed sequences, counted over all tokens of the batch and beginning with 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The tokens of a batch of rows."""
+
+    valid: Bool[Tensor, "rows length"] | None = None
+    """False at padding; None means that every token is valid."""
+    starts: Bool[Tensor, "rows length"] | None = None
+    """True where a sequence begins; None means that a sequence is a row."""
+
+
+def layout(inputs: Mapping[str, Any], rows: int, length: int) -> Layout:
+    """Return what the model's inputs say of its tokens; Misuse for a mask of an unknown kind."""
+    own = layout_of_mask(inputs.get("attention_mask"), rows, length)
+    starts = starts_of_packing(inputs, rows, length)
+    if starts is not None:
+        return Layout(own.valid, starts)
+    position = positions(inputs.get("position_ids"), rows, length)
+    if own.valid is not None or position is None:
+        return own
+    return Layout(None, starts_at(position.diff(dim=1) != 1))
+
+
+def positions(value: Any, rows: int, length: int) -> Int[Tensor, "rows length"] | None:
+    """Return the tokens' positions in their texts; of images' positions [4, rows, length] the first is the text's."""
+    if isinstance(value, Tensor) and value.ndim == 3 and len(value) == 4:
+        value = value[0]
+    return value.expand(rows, length) if isinstance(value, Tensor) and value.ndim == 2 else None
+
+
+def starts_at(begins: Bool[Tensor, "rows rest"]) -> Bool[Tensor, "rows length"]:
+    """Return `begins`, which leaves the first token of each row out, with that: it begins a sequence too."""
+    return torch.cat(
+        [torch.ones_like(begins[:, :1]) if begins.shape[1] else begins.new_ones(len(begins), 1), begins], 1
+    )
+
+
+def starts_of_packing(inputs: Mapping[str, Any], rows: int, length: int) -> Bool[Tensor, "rows length"] | None:
+    """Return where packed sequences begin by FlashAttention's bounds or Mamba's `seq_idx`; None without them."""
+    index = inputs.get("seq_idx")
+    if isinstance(index, Tensor) and index.ndim == 2:
+        return starts_at(index.expand(rows, length).diff(dim=1) != 0)
+    for bounds in (inputs.get(name) for name in BOUNDS):
+        if isinstance(bounds, Tensor):
+            place = torch.arange(rows * length, device=bounds.device)
+            index = torch.searchsorted(bounds[1:].to(place.dtype).contiguous(), place, right=True).view(rows, length)
+            return starts_at(index.diff(dim=1) != 0)
+    return None
+
+
+def layout_of_mask(mask: Any, rows: int, length: int) -> Layout:
+    """Return what an attention mask of any kind says of the tokens."""
+    if isinstance(mask, Mapping):
+        mask = mask_of_whole_rows(mask)
+    if mask is None:
+        return Layout()
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+        # With a cache the mask covers the past too; the tokens of this pass are its last columns.
+        return Layout(mask[:, -length:].bool().expand(rows, length))
+    if isinstance(mask, Tensor) and mask.ndim in (3, 4) and mask.shape[-2] == length <= mask.shape[-1]:
+        return layout_of_pairs(allowed(mask), rows)
+    if callable(getattr(mask, "mask_mod", None)):
+        return layout_of_block_mask(mask, rows, length)
+    got = f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise Misuse(
+        "attention_mask must say which tokens are padding, as [batch, sequence], [batch, 1, queries, keys] or a "
+        f"BlockMask, got {got} for {rows} rows of {length} tokens"
+    )
+
+
+def mask_of_whole_rows(masks: Mapping[str, Any]) -> Any:
+    """Return the mask of the layers that attend to whole sequences, from one mask per type of layer."""
+    given = {name: mask for name, mask in masks.items() if mask is not None}
+    return given.get("full_attention", next(iter(given.values()), None))
+
+
+def allowed(mask: Tensor) -> Bool[Tensor, "rows queries keys"]:
+    """Return where a query may attend to a key, in any head."""
+    may = mask > MASKED if mask.is_floating_point() else mask.bool()
+    return may.any(1) if may.ndim == 4 else may
+
+
+def layout_of_pairs(may: Bool[Tensor, "some queries keys"], rows: int) -> Layout:
+    """Return the layout by which queries may attend to which keys.
+
+    A token that may not attend to itself is padding. So is one that may attend to everything but is not seen by its
+    row's last token: kernels that cannot do without any key are given all of them where padding comes first.
+    """
+    length = may.shape[1]
+    past = may.shape[2] - length
+    own = may.diagonal(past, dim1=1, dim2=2)
+    valid = own & ~(may.all(2) & ~may[:, -1, past:])
+    before = may[:, 1:].diagonal(past, dim1=1, dim2=2)
+    return checked(valid, before, rows)
+
+
+def layout_of_block_mask(mask: Any, rows: int, length: int) -> Layout:
+    """Return the layout by the function that a BlockMask was made with."""
+    past, device = mask.seq_lengths[1] - mask.seq_lengths[0], mask.kv_num_blocks.device
+    row, token = torch.arange(rows, device=device), torch.arange(length, device=device)
+    head = torch.zeros((), dtype=torch.long, device=device)
+
+    def may(back: int) -> Tensor:
+        def pair(row: Tensor, query: Tensor) -> Tensor:
+            return mask.mask_mod(row, head, query, query + past - back)
+
+        return torch.vmap(torch.vmap(pair, (None, 0)), (0, None))(row, token[back:])
+
+    return checked(may(0), may(1), rows)
+
+
+def checked(valid: Bool[Tensor, "some length"], before: Bool[Tensor, "some rest"], rows: int) -> Layout:
+    """Return the layout by who may attend to itself, and to the token before it. Misuse where nobody may."""
+    if not torch.compiler.is_compiling() and not bool(valid.any()):
+        raise Misuse("attention_mask must let tokens attend to themselves, got one in which none may: all are padding")
+    length = valid.shape[1]
+    return Layout(valid.expand(rows, length), starts_at(~before.expand(rows, length - 1)))
