@@ -44,6 +44,11 @@ def test_two_ranks_equal_one(recipe: str, tmp_path: Path):
     if "bias_rate" in recipe:
         assert any(tensor.any() for name, tensor in one.items() if name.endswith("e_score_correction_bias"))
     assert_equal(two, one, 1e-5)
+    logged = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two")]
+    for alone, together in zip(*logged, strict=True):
+        for name in alone:
+            if name in ("loss", "max_vio", "dead_experts"):
+                assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-6), name
     points = [
         [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "held_out_loss" in line]
         for name in ("one", "two")

@@ -1,5 +1,6 @@
 """What a recipe is: a complete description of a training run but for data and seed, as a tree of plain values."""
 
+import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 
@@ -211,14 +212,29 @@ class Recipe:
         rule = self.compete.over(self.training.steps) if self.compete else None
         return AuxLosses(**asdict(self.losses), compete=rule)
 
+    def _refuse_uneven_ranks(self, ranks: int) -> None:
+        """Raise Misuse unless the rows of a batch divide evenly among the ranks, so that none is left out."""
+        t = self.training
+        if t.micro_batch_tokens is None and t.batch_tokens % (t.sequence_length * ranks):
+            raise Misuse(
+                f"batch_tokens must be a multiple of {t.sequence_length * ranks} (sequence_length {t.sequence_length} "
+                f"times the {ranks} devices), got {t.batch_tokens}"
+            )
+        if t.micro_batch_tokens is not None and t.batch_tokens % (t.micro_batch_tokens * ranks):
+            raise Misuse(
+                f"micro_batch_tokens times the {ranks} devices must divide batch_tokens ({t.batch_tokens}), got "
+                f"{t.micro_batch_tokens}"
+            )
+
     def validate(self) -> "Recipe":
-        """Raise Misuse unless it can run."""
+        """Raise Misuse unless it can run, on as many ranks as a launcher started."""
         t = self.training
         for name in ("batch_tokens", "micro_batch_tokens"):
             if (value := getattr(t, name)) is not None and (value < t.sequence_length or value % t.sequence_length):
                 raise Misuse(f"{name} must be a multiple of sequence_length ({t.sequence_length}), got {value}")
         if t.micro_batch_tokens is not None and t.batch_tokens % t.micro_batch_tokens:
             raise Misuse(f"micro_batch_tokens must divide batch_tokens ({t.batch_tokens}), got {t.micro_batch_tokens}")
+        self._refuse_uneven_ranks(int(os.environ.get("WORLD_SIZE", "1")))
         if t.steps < 1:
             raise Misuse(f"tokens must be at least batch_tokens ({t.batch_tokens}), got {t.tokens}")
         if self.losses.bias_rate and not any(

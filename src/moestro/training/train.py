@@ -193,10 +193,6 @@ def training_arguments(recipe: Recipe, folder: Path, seed: int, options: Options
     t = recipe.training
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     micro = t.micro_batch_tokens or t.batch_tokens // ranks
-    if t.batch_tokens % (micro * ranks):
-        raise Misuse(
-            f"micro_batch_tokens times the {ranks} devices must divide batch_tokens ({t.batch_tokens}), got {micro}"
-        )
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=t.steps,

@@ -102,7 +102,8 @@ class PretrainingTrainer(Trainer):
         added["tokens_per_second"] = self.tokens_per_second()
         if self.meter is not None:
             figures = self.meter.figures()
-            added["max_vio"] = max((f.max_vio_batch for f in figures.values()), default=0.0)
+            # Of all batches together: that of each batch grows as micro-batches, or the rows of a rank, become fewer.
+            added["max_vio"] = max((f.max_vio_data for f in figures.values()), default=0.0)
             added["dead_experts"] = sum(f.dead_experts for f in figures.values())
             added |= {f"competing/{layer}": f.competing for layer, f in figures.items() if f.competing}
             self.meter.reset()
