@@ -55,6 +55,12 @@ def test_misuse_is_one_visible_line_before_any_work(arguments, message, monkeypa
     assert printed.out == "" and not any(tmp_path.iterdir())
 
 
+def test_a_rank_that_is_none_is_refused(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "first")
+    assert moestro(monkeypatch, "recipes") == 2
+    assert "RANK must be a whole number, as torchrun sets it, got 'first'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "-h"]])
 def test_help_is_printed(arguments, monkeypatch, capsys):
     assert moestro(monkeypatch, *arguments) == 0

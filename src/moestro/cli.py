@@ -19,7 +19,7 @@ from moestro.errors import Misuse, TrainingFailed
 from moestro.flags import DataFlags, RecipeFlags, RunFlags, SweepFlags
 from moestro.gate.loading import load_model
 from moestro.gate.parsing import parsed
-from moestro.gate.ranges import Positive, Range, Seed, check
+from moestro.gate.ranges import Positive, Range, Seed, check, shown
 from moestro.gate.visible import make_visible, one_line
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
@@ -200,6 +200,7 @@ def main() -> None:
     commands = {"compare": compare, "train": train, "inspect": inspect, "recipes": recipes}
     make_visible()
     try:
+        check_launcher()
         parsed(commands, __doc__ or "")()
     except Misuse as error:
         fail(error, 2)
@@ -212,6 +213,13 @@ def main() -> None:
     except KeyboardInterrupt:
         stop = Interrupted("stopped at once; the same command goes on from the last checkpoint, if there is one")
         fail(stop, 130)
+
+
+def check_launcher() -> None:
+    """Raise Misuse if what tells ranks apart is no number; torchrun sets these, and everything reads them."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            raise Misuse(f"{name} must be a whole number, as torchrun sets it, got {shown(value)}")
 
 
 def told(error: Exception) -> str:
