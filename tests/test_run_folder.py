@@ -2,11 +2,13 @@
 
 import fcntl
 import json
+import resource
 import shutil
 from pathlib import Path
 
 import pytest
 
+import moestro.training.memory as memory
 import moestro.training.train as training
 from command_line import moestro
 from moestro import Misuse
@@ -167,3 +169,120 @@ def test_a_second_process_on_a_comparison_is_refused(finished, tmp_path, monkeyp
         assert moestro(monkeypatch, *arguments) == 2
     assert f"{tmp_path} is in use by another process" in one_line(capsys)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.json", b"{", "run.json must hold the description of a run, and is damaged"),
+        ("run.json", b'{"recipe": []}', "run.json must hold the description of a run, and is damaged"),
+        ("run.json", b"\xff\x00", "run.json must hold the description of a run, and is damaged"),
+        ("summary.json", b'{"seed": 0', "summary.json must hold JSON"),
+        ("summary.json", b"[]", "summary.json to write it anew from the last checkpoint"),
+        ("model/config.json", b"{}", "is corrupt: config.json must have"),
+        ("model/complete.json", b"", "is corrupt: complete.json cannot be read"),
+        ("model/model.safetensors", None, "is corrupt: model.safetensors is missing"),
+    ],
+)
+def test_a_damaged_finished_run_is_one_line(name, content, message, finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+    assert again(monkeypatch, arguments, folder) == 2
+    assert message in one_line(capsys)
+
+
+def test_inspect_notices_damaged_weights(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    weights = folder / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert moestro(monkeypatch, "inspect", str(folder)) == 2
+    assert "the contents of model.safetensors have changed" in one_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"model.safetensors": 3}', '{"../a.safetensors": [1, "b"]}'])
+def test_a_damaged_marker_is_one_line(content, finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    (folder / f"checkpoint-{STEPS}" / "complete.json").write_text(content)
+    assert again(monkeypatch, arguments, folder) == 2
+    assert f"checkpoint-{STEPS} is corrupt: complete.json cannot be read" in one_line(capsys)
+
+
+def test_lost_metrics_and_choices_are_said(finished, tmp_path, monkeypatch, capsys, caplog):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    shutil.rmtree(folder / f"checkpoint-{STEPS}")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines[1] = lines[1][:20]
+    lines[2] = lines[2].replace('"loss": ', '"loss": "')
+    lines[3] = "[]"
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    for path in (folder / "choices").glob(f"{STEPS - 2}-*.npz"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert again(monkeypatch, arguments, folder) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        f"has lost 3 of the {STEPS - 2} points before step {STEPS - 2}: the learning curve will be incomplete" in said
+    )
+    assert f"choices changed at step {STEPS - 1} is unknown" in caplog.text
+    curve = json.loads((folder / "summary.json").read_text())["curve"]
+    assert [point["step"] for point in curve] == [1, 5, 6, 7, 8]
+    assert ["changed" in point["competition"] for point in curve[-2:]] == [False, True]
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a link loop", "too long"])
+def test_an_out_that_is_no_folder_is_one_line(kind, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    places = {"a file": "file", "below a file": "file/run", "a link loop": "loop", "too long": "x" * 300}
+    for command in (finished[1], ["compare", *finished[1][1:]]):
+        assert again(monkeypatch, command, tmp_path / places[kind]) == 2
+        one_line(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path, monkeypatch, capsys):
+    """The largest size of a file stands for a full disk: safetensors and torch each raise errors of their own."""
+    run, arguments = finished
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (20_000, 100_000):  # too little for the weights; too little for the optimiser's state
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        try:
+            assert again(monkeypatch, arguments, tmp_path / "run") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert f"{tmp_path / 'run'}/checkpoint-2" in one_line(capsys)
+    assert again(monkeypatch, arguments, tmp_path / "run") == 0
+    assert_same_run(tmp_path / "run", run)
+
+
+def test_a_folder_that_is_deleted_meanwhile_is_one_line(finished, tmp_path, monkeypatch, capsys):
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    evaluate = training.held_out_evaluation
+
+    def deleted(*arguments: object) -> object:
+        shutil.rmtree(folder)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(training, "held_out_evaluation", deleted)
+    assert again(monkeypatch, arguments, folder) == 1
+    assert f"No such file or directory: {folder}" in one_line(capsys)
+
+
+def test_memory_is_unknown_where_the_system_hides_it(finished, tmp_path, monkeypatch):
+    """As in hardened containers."""
+    run, arguments = finished
+    folder = unfinished_copy(run, tmp_path / "run")
+    monkeypatch.setattr(memory, "FORGET", tmp_path / "nowhere" / "clear_refs")
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "nowhere" / "status")
+    assert memory.peak_memory_bytes() is None
+    (tmp_path / "status").write_text("VmRSS: 3 kB\n")
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    assert memory.peak_memory_bytes() is None
+    assert again(monkeypatch, arguments, folder) == 0
+    assert json.loads((folder / "summary.json").read_text())["peak_memory_bytes"] is None

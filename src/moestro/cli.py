@@ -31,6 +31,7 @@ from moestro.report.routing_terminal import print_finding, print_study
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
 from moestro.statistics import MARGIN
+from moestro.training.checkpoints import verify_if_marked
 from moestro.training.estimate import estimates
 from moestro.training.owner import check_writable
 from moestro.training.ranks import first_rank_first, is_shared, join, on_first_rank, speaks, wait_for_all
@@ -164,6 +165,8 @@ def inspect(
     if running.robustness and not data:
         raise Misuse("--robustness needs a text to run the model on: name it with --data")
     found = find(checkpoints)
+    for checkpoint in found:
+        verify_if_marked(Path(checkpoint.place))
     text = read_text(data, text_column=text_column, max_bytes=max_bytes) if data else None
     findings = [describe(checkpoint) for checkpoint in found]
     console = Console()
@@ -225,7 +228,7 @@ def check_launcher() -> None:
 def told(error: Exception) -> str:
     """What went wrong; of an error of the system, the file too."""
     if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.strerror}: {error.filename}; the same command goes on from what is there"
+        return f"{error.strerror}: {error.filename}"
     return str(error)
 
 

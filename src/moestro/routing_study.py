@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 
 import moestro
-from moestro.errors import Misuse
 from moestro.gate.ranges import BatchTokens, Length, check_fields
 from moestro.inspection import Checkpoint, Conditions, Finding, RoutingStudy, Text, stored_dtype, study
 from moestro.records import write_record
 from moestro.report.routing_report import write_routing_report
 from moestro.training.environment import environment
+from moestro.training.owner import owned
 from moestro.training.precision import faster_dtype
 from moestro.training.train import Interrupted
 
@@ -48,31 +48,22 @@ def study_routing(
     command: str,
 ) -> RoutingStudy:
     """Run the checkpoints over the text and write the study to `folder`. Raises Interrupted on Ctrl-C."""
-    make_folder(folder)
-    conditions = conditions_here(found, running)
-    try:
-        result = study(
-            found,
-            findings,
-            text,
-            conditions,
-            version=moestro.__version__,
-            command=command,
-            environment=environment(),
-        )
-    except KeyboardInterrupt:
-        raise Interrupted("stopped: no report was written") from None
-    write_record(result, folder / "routing.json")
-    write_routing_report(result, folder / "report.html")
+    with owned(folder):
+        try:
+            result = study(
+                found,
+                findings,
+                text,
+                conditions_here(found, running),
+                version=moestro.__version__,
+                command=command,
+                environment=environment(),
+            )
+        except KeyboardInterrupt:
+            raise Interrupted("stopped: no report was written") from None
+        write_record(result, folder / "routing.json")
+        write_routing_report(result, folder / "report.html")
     return result
-
-
-def make_folder(folder: Path) -> None:
-    """Before the work: a place for its results."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Misuse(f"--out must be a folder that can be written to: {error}") from error
 
 
 def conditions_here(found: Sequence[Checkpoint], running: Running) -> Conditions:

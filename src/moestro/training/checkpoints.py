@@ -49,6 +49,12 @@ def verify(folder: Path, advice: str) -> None:
         require(digest(path) == expected, f"the contents of {name} have changed")
 
 
+def verify_if_marked(folder: Path) -> None:
+    """Raise Misuse if `folder` is one that moestro wrote and marked, and does not hold what it wrote."""
+    if (folder / MARKER).exists():
+        verify(folder, "restore it, or start its run again to write it anew")
+
+
 def read_marker(folder: Path, require: Callable[[bool, str], None]) -> dict[str, tuple[int, str]]:
     """Return size and hash of every file that the marker names; weights must be among them."""
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-PEAK = "VmHWM:"
+STATUS, FORGET, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"), "VmHWM:"
 
 
 def forget_peak() -> bool:
@@ -20,7 +20,7 @@ def forget_peak() -> bool:
     if sys.platform != "linux":
         return True  # what came before training counts too there
     try:
-        Path("/proc/self/clear_refs").write_text("5")
+        FORGET.write_text("5")
     except OSError:
         return False
     return True
@@ -33,7 +33,7 @@ def peak_memory_bytes() -> int | None:
     if sys.platform != "linux":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        figures = Path("/proc/self/status").read_text().partition(PEAK)[2].split()
+        figures = STATUS.read_text().partition(PEAK)[2].split()
     except OSError:
         return None
     return 1024 * int(figures[0]) if figures else None
