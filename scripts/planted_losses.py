@@ -52,4 +52,25 @@ BUGS = [
         'if "eval_loss" in logs:',
         "test_loss_log",
     ),
+    Bug(
+        "losses: a loss that outweighs the task is not warned of",
+        "adapters/gradient_ratio.py",
+        "MOST = 1.0",
+        "MOST = 1e9",
+        "test_gradient_ratio",
+    ),
+    Bug(
+        "losses: the measured gradient is accumulated",
+        "adapters/gradient_ratio.py",
+        "    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)",
+        "    loss.backward(retain_graph=True)\n    gradients = [parameter.grad for parameter in parameters]",
+        "test_gradient_ratio",
+    ),
+    Bug(
+        "losses: the ratio is that of the first ramp's weight",
+        "adapters/gradient_ratio.py",
+        "full = getattr(aux, name) / aux.weights[name]",
+        "full = 1.0",
+        "test_gradient_ratio",
+    ),
 ]

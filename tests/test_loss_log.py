@@ -27,7 +27,8 @@ def logged(trainer: Trainer, aux: AuxLosses | None = None) -> list[dict[str, flo
 
 
 def apart(entry: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in entry.items() if name == "loss_task" or name.startswith("aux/")}
+    names = {"loss_task", *(f"aux/{name}" for name in LOSSES)}
+    return {name: value for name, value in entry.items() if name in names}
 
 
 def by_hand(rows: int = 8) -> dict[str, float]:

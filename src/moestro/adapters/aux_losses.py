@@ -8,6 +8,7 @@ ranks.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from moestro.adapters.applicability import LOSSES, refuse_to_compete, refuse_wha
 from moestro.adapters.attempt import Attempt
 from moestro.adapters.batch import TrainerBatch, share_of_sequences
 from moestro.adapters.compete import Competitor
+from moestro.adapters.gradient_ratio import measure, unmeasured
 from moestro.adapters.layer_losses import NOTHING_SEEN, LayerLosses
 from moestro.adapters.layers import moe_layers
 from moestro.adapters.native import native_balance_off
@@ -93,11 +95,16 @@ class AuxLosses:
     """Unweighted value of each loss in the latest micro-batch, detached (as much of it as that micro-batch is)."""
     weighted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """What each loss adds to the latest total, detached."""
+    gradient_ratios: dict[str, float] = field(default_factory=dict, init=False, repr=False)
+    """How large the gradient of each loss that has units was beside the task's, in the first step (NaN: unknown)."""
     firings: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     """How often each layer ran in the latest pass with gradients."""
     _layers: list[LayerLosses] = field(default_factory=list, init=False, repr=False)
     _blocks: int = field(default=1, init=False, repr=False)
     _passes: list[list[dict[str, Tensor]]] = field(default_factory=list, init=False, repr=False)
+    _tasks: list[Tensor] = field(default_factory=list, init=False, repr=False)
+    """The losses that the model returned in these passes, while something is to be measured beside them."""
+    _compiled: bool = field(default=False, init=False, repr=False)
     _watch: Watch | None = field(default=None, init=False, repr=False)
     _trainer: TrainerBatch | None = field(default=None, init=False, repr=False)
     _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
@@ -113,6 +120,11 @@ class AuxLosses:
             raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
         if self.diversity and self.compete is not None and not self.compete.forward:
             raise Misuse("diversity looks at winners that run: set forward, or diversity to 0")
+
+    @property
+    def scales_known(self) -> bool:
+        """Whether every layer's losses were brought to the size of balance, as `scaling = "relative"` does it."""
+        return all(state.scales is not None for state in self._layers)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -217,6 +229,9 @@ class AuxLosses:
             assert self._watch is not None
             self.firings = {tap.layer.name: tap.firings for tap in self._watch.taps}
             self._passes.append([state.terms for state in self._layers])
+            self._compiled = torch.compiler.is_compiling()
+            if isinstance(task := getattr(output, "loss", None), Tensor) and unmeasured(self):
+                self._tasks.append(task)
 
     def _end_with_loss(self, current: Pass, output: Any) -> Any:
         self._end(current, output)
@@ -227,8 +242,11 @@ class AuxLosses:
         output.loss = output.loss + total
         return output
 
-    def total(self) -> Tensor | None:
-        """The weighted sum of the passes since the last call, with its graph; None where there was none."""
+    def total(self, task: Tensor | None = None) -> Tensor | None:
+        """The weighted sum of the passes since the last call, with its graph; None where there was none.
+
+        `task` is the loss that it will be added to, where the model does not return that.
+        """
         passes, self._passes = self._passes, []
         if not passes or not self.weights:
             return None
@@ -239,7 +257,17 @@ class AuxLosses:
         self.weighted = dict(zip(weighted[0], (torch.stack(parts).detach().sum(0) / divisor).unbind(), strict=True))
         total = torch.stack([part.sum() for part in parts]).sum()
         self._check_finite(total, passes)
+        self._measure({name: sum(w[name] for w in weighted) / divisor for name in unmeasured(self)}, task)
         return total / divisor if divisor > 1 else total
+
+    def _measure(self, terms: dict[str, Any], task: Tensor | None) -> None:
+        """Compare the gradients of losses that have units with the task's, once."""
+        tasks, self._tasks = self._tasks, []
+        if not terms or torch.compiler.is_compiling():
+            return
+        assert self._watch is not None
+        task = sum(tasks[1:], tasks[0]) if task is None and tasks else task
+        self.gradient_ratios |= measure(self, self._watch.model, terms, task, compiled=self._compiled)
 
     def _weighted(self, terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Each loss of one pass, weighted, over all layers."""
@@ -279,7 +307,7 @@ class AuxLosses:
         """
         for state in self._layers:
             state.go_back_to(NOTHING_SEEN)
-        self._passes = []
+        self._passes, self._tasks = [], []
         self._attempt.end()
 
     def step(self) -> None:
@@ -298,7 +326,8 @@ class AuxLosses:
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs, as plain numbers; selection biases in fp32, whatever the model keeps."""
         layers = {state.layer.name: state.state() for state in self._layers} or self._restored.get("layers", {})
-        return {"steps": self.steps, "layers": layers}
+        measured = {name: ratio for name, ratio in self.gradient_ratios.items() if math.isfinite(ratio)}
+        return {"steps": self.steps, "layers": layers} | ({"gradient_ratios": measured} if measured else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore `state_dict`, before or after attaching; the model gets the selection biases in it."""
@@ -311,6 +340,7 @@ class AuxLosses:
     def _load(self, state: dict[str, Any], *, biases: bool) -> None:
         """Restore `state_dict`; without `biases` those of the model stay, though they may be rounded."""
         self._restored, self.steps = state, state["steps"]
+        self.gradient_ratios = dict(state.get("gradient_ratios", {}))
         self._biases_due = biases and not self._layers
         for layer in self._layers:
             layer.load_state(state["layers"].get(layer.layer.name, {}), biases=biases)

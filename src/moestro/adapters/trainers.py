@@ -41,11 +41,13 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
         watching.withheld, batch.items = withheld, num_items_in_batch if scaled else None
         with aux.micro_batch(batch):
             result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        if (total := aux.total()) is None:
+        task, *rest = result if isinstance(result, tuple) else (result,)
+        known = set(aux.gradient_ratios)
+        if (total := aux.total(task / as_added(torch.ones_like(task), trainer, batch, scaled=scaled))) is None:
             if aux.weights and model.training and torch.is_grad_enabled():
                 raise Misuse("the model's passes go unseen: attach before torch.compile, not after it")
             return result
-        task, *rest = result if isinstance(result, tuple) else (result,)
+        apart.note({name: ratio for name, ratio in aux.gradient_ratios.items() if name not in known})
         terms = {name: as_added(value, trainer, batch, scaled=scaled) for name, value in aux.weighted.items()}
         apart.add(task, terms, 1 if scaled else trainer.current_gradient_accumulation_steps)
         task = task + as_added(total, trainer, batch, scaled=scaled)

@@ -1,0 +1,92 @@
+"""How large the gradient of a loss that has units is beside the task's: measured once, in the first step it acts in.
+
+Default forms are blind to the units of hidden states and need no measurement. `projection` and `span` are in squared
+units of the experts' outputs, router_z in squared units of logits, simbal in squared units of the router's weights: a
+weight that is right for one model ruins another. The price is one more backward pass for the task and one for each of
+these losses, in one micro-batch of a training; no gradient changes, because none is accumulated.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from moestro.adapters.parameters import parts
+from moestro.adapters.ranks import rank
+
+if TYPE_CHECKING:
+    from moestro.adapters.aux_losses import AuxLosses
+
+logger = logging.getLogger(__name__)
+
+MOST = 1.0
+"""Above this ratio a user is warned: the loss outweighs the task."""
+
+
+def unmeasured(aux: "AuxLosses") -> dict[str, str]:
+    """The losses with units that act now and were not measured yet, and what to write instead of each."""
+    relative = aux.scaling == "relative"
+    advice = {"router_z": "a smaller router_z", "simbal": "a smaller simbal, or router_orthogonality"}
+    if aux.orthogonality_form in ("projection", "span"):
+        advice["orthogonality"] = (
+            "a smaller orthogonality" if relative else 'orthogonality_form="cosine", or scaling="relative"'
+        )
+    waiting = relative and not aux.scales_known
+    return {} if waiting else {n: a for n, a in advice.items() if getattr(aux, n) and n not in aux.gradient_ratios}
+
+
+def measure(
+    aux: "AuxLosses", model: nn.Module, terms: Mapping[str, Tensor], task: Tensor | None, *, compiled: bool
+) -> dict[str, float]:
+    """Return each such loss's gradient over the task's, at the loss's full weight, and warn where it is too large.
+
+    `terms` and `task` are what the gradient is taken of, by all parameters of experts and routers; where neither are
+    trained, by everything that is. NaN: not measured. Empty if this pass's task has no gradient.
+    """
+    parameters, advice = trained(model), unmeasured(aux)
+    if task is None or (why := obstacle(model, parameters, compiled=compiled)):
+        why = "the model returned no loss" if task is None else why
+        for name, instead in advice.items():
+            logger.warning("%s depends on units, and its gradient was not measured: %s. Safe is %s", name, why, instead)
+        return dict.fromkeys(advice, float("nan"))
+    of_task, found = norm(task, parameters), dict[str, float]()
+    if of_task == 0:  # as where GRPO's answers are all equally good: the next pass may tell
+        return found
+    for name, instead in advice.items():
+        full = getattr(aux, name) / aux.weights[name]
+        found[name] = full * norm(terms[name], parameters) / of_task
+        if found[name] > MOST and rank() == 0:
+            said = (name, getattr(aux, name), found[name], instead)
+            logger.warning(
+                "%s=%g outweighs the task: its gradient on experts and routers is %.3g times the task's. Write %s",
+                *said,
+            )
+    return found
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    """The parameters of experts and routers that are trained; everything that is, where they are not."""
+    part_of = parts(model)
+    everything = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return [p for name, p in everything.items() if part_of.get(name, "rest") != "rest"] or [*everything.values()]
+
+
+def obstacle(model: nn.Module, parameters: list[Tensor], *, compiled: bool) -> str:
+    """Why nothing can be measured; empty where it can."""
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
+        return "parameters are sharded"
+    if compiled or any(module._compiled_call_impl is not None for module in model.modules()):
+        return "the model is compiled"  # its graph can be gone through once
+    return ""
+
+
+def norm(loss: Tensor, parameters: list[Tensor]) -> float:
+    """Length of the gradient, which is accumulated nowhere."""
+    if not loss.requires_grad or not parameters:
+        return 0.0
+    gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+    squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
+    return float(torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt()) if squares else 0.0
