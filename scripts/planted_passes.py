@@ -52,4 +52,25 @@ BUGS = [
         "return Layout(valid.expand(rows, length))",
         "test_masks",
     ),
+    Bug(
+        "rows: labels per row are lost, and every micro-batch counts whole",
+        "adapters/aux_losses.py",
+        "by_label=by_label, rows=rows)",
+        "by_label=by_label and current.batch.label is not None)",
+        "test_rows_and_runs",
+    ),
+    Bug(
+        "rows: several labels of a row count as its tokens'",
+        "adapters/watch.py",
+        "self.labels_tokens = loss not in (OfRowsLoss, ForQuestionAnsweringLoss)",
+        "self.labels_tokens = True",
+        "test_rows_and_runs",
+    ),
+    Bug(
+        "runs: only a layer's last run gets a gradient",
+        "adapters/layer_losses.py",
+        "self.terms = {name: added(self.terms.get(name), value) for name, value in terms.items()}",
+        "self.terms = terms",
+        "test_rows_and_runs",
+    ),
 ]

@@ -83,6 +83,8 @@ def refuse_what_cannot_work(aux: "AuxLosses", model: nn.Module, layers: Sequence
     wanted = [*aux.weights, *(["bias_rate"] if aux.bias_rate else [])]
     for loss, names in applicable(wanted, layers).items():
         logger.warning("%s is without effect at %d of %d layers: %s", loss, len(names), len(layers), names[0])
+    if aux.bias_rate:
+        refuse_shared_bias(layers)
     for loss in ("variance", "distillation"):
         able = [layer for layer in layers if getattr(aux, loss) and obstacle(layer, loss) is None]
         frozen = [layer for layer in able if not trainable(layer, model)]
@@ -90,6 +92,15 @@ def refuse_what_cannot_work(aux: "AuxLosses", model: nn.Module, layers: Sequence
             target = lora_target(frozen[0], model)
             how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
             raise Misuse(f"{loss} moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
+
+
+def refuse_shared_bias(layers: Sequence[MoELayer]) -> None:
+    """Raise Misuse if layers share a router with a selection bias: each would move it once in a step."""
+    owners: dict[int, str] = {}
+    for layer in layers:
+        if layer.bias_at is not None and owners.setdefault(id(layer.selection_bias), layer.name) != layer.name:
+            owner = owners[id(layer.selection_bias)]
+            raise Misuse(f"{owner} and {layer.name} share one selection bias: set bias_rate to 0, or give each its own")
 
 
 def refuse_to_compete(compete: Compete | None, tap: Tap) -> None:

@@ -20,7 +20,7 @@ from transformers import Trainer
 
 from moestro.adapters.applicability import LOSSES, refuse_to_compete, refuse_what_cannot_work
 from moestro.adapters.attempt import Attempt
-from moestro.adapters.batch import TrainerBatch, share_of_sequences
+from moestro.adapters.batch import TrainerBatch, labels_of_rows, share_of_sequences
 from moestro.adapters.compete import Competitor
 from moestro.adapters.gradient_ratio import measure, unmeasured
 from moestro.adapters.layer_losses import NOTHING_SEEN, LayerLosses
@@ -218,7 +218,9 @@ class AuxLosses:
         elif inputs.get("fused_lm_head"):  # only TRL's trainers ask for it
             raise Misuse("attach to the trainer and not to its model: TRL ignores the loss that a model returns")
         by_label = self._trainer is None or items is not None
-        current.share = share_of_sequences(current.batch, items, by_label=by_label)
+        assert self._watch is not None
+        rows = labels_of_rows(inputs, shifts_labels=self._watch.shifts_labels)
+        current.share = share_of_sequences(current.batch, items, by_label=by_label, rows=rows)
         for state in self._layers:
             state.terms = {}
 

@@ -23,11 +23,17 @@ class TrainerBatch:
     """Whether the trainer's `compute_loss` runs: passes outside it are no part of the batch."""
 
 
-def describe(inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_labels: bool = True) -> Batch:
-    """Return the batch of one forward pass; `shifts_labels`: position i is scored by label i + 1, as in causal losses.
+def describe(
+    inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_labels: bool = True, labels_tokens: bool = True
+) -> Batch:
+    """Return the batch of one forward pass.
 
+    `shifts_labels`: position i is scored by label i + 1, as in causal losses. `labels_tokens`: labels of the shape of
+    the tokens are theirs, and not several of a row.
     A sequence is a row, or what lies between two starts where several are packed into a row (moestro.adapters.masks).
+    Of multiple choice, [batch, choices, sequence], every choice is a row.
     """
+    inputs = with_choices_as_rows(inputs)
     tokens = inputs.get("input_ids")
     if tokens is None:
         tokens = inputs.get("inputs_embeds")
@@ -35,7 +41,7 @@ def describe(inputs: dict[str, Any], domain: Tensor | None = None, *, shifts_lab
         raise Misuse("the model must be called with input_ids or inputs_embeds")
     rows, length = tokens.shape[:2]
     found, position = layout(inputs, rows, length), positions(inputs.get("position_ids"), rows, length)
-    label = label_positions(inputs, shifts_labels)
+    label = label_positions(inputs, shifts_labels) if labels_tokens else None
     if label is not None and label.shape != tokens.shape[:2]:
         label = None  # a trainer's own way to batch
     row = torch.arange(rows, device=tokens.device).repeat_interleave(length)
@@ -64,18 +70,68 @@ def label_positions(inputs: dict[str, Any], shifts_labels: bool) -> Tensor | Non
     return shifted
 
 
-def share_of_sequences(
-    batch: Batch, items: Tensor | int | None, *, by_label: bool = True
-) -> Float[Tensor, " sequences"]:
-    """Each sequence's share of the whole batch: its label tokens / `items`, the whole batch's (None: this one's).
+def with_choices_as_rows(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs of a model of multiple choice with the choices of all examples as rows."""
+    if not isinstance(ids := inputs.get("input_ids"), Tensor) or ids.ndim != 3:
+        return inputs
+    given = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
+    return inputs | {name: value.flatten(0, 1) for name, value in given.items() if isinstance(value, Tensor)}
 
-    Without labels, or where sequences shall count alike (not `by_label`), each has the same share of this pass.
+
+def labels_of_rows(inputs: dict[str, Any], *, shifts_labels: bool) -> Float[Tensor, " labelled"] | None:
+    """Return how many labels each row has, as a Trainer counts its items; None without labels.
+
+    There may be one per row (classification, the answer's start), several (multi-label), or one per token.
+    """
+    shifted = inputs.get("shift_labels")
+    labels = inputs.get("labels", inputs.get("start_positions")) if shifted is None else shifted
+    if not isinstance(labels, Tensor):
+        return None
+    scored = labels != -100
+    if shifts_labels and shifted is None and labels.ndim > 1:
+        scored = scored[..., 1:]
+    return scored.reshape(labels.shape[0] if labels.ndim else 1, -1).sum(1).float()
+
+
+def share_of_sequences(
+    batch: Batch,
+    items: Tensor | int | None,
+    *,
+    by_label: bool = True,
+    rows: Float[Tensor, " labelled"] | None = None,
+) -> Float[Tensor, " sequences"]:
+    """Return each sequence's share of the whole batch: its labels / `items`, the whole batch's (None: this pass's).
+
+    Labels that are not one per token count by `rows`. Without labels, or where sequences shall count alike (not
+    `by_label`), each has the same share of this pass. Raise Misuse if there are `items` and no labels.
     """
     zeros = torch.zeros(batch.num_sequences, device=batch.sequence.device)
-    if batch.label is not None and by_label:
-        own = zeros.index_add(0, batch.sequence, batch.label.float())
-        everything = own.sum() if items is None else torch.as_tensor(items, device=own.device).float()
-        return own / everything.clamp_min(1)
     valid = torch.ones_like(batch.sequence, dtype=torch.bool) if batch.valid is None else batch.valid
     present = (zeros.index_add(0, batch.sequence, valid.float()) > 0).float()
-    return present / present.sum().clamp_min(1)
+    if not by_label or (items is None and batch.label is None and rows is None):
+        return present / present.sum().clamp_min(1)
+    if batch.label is not None:
+        own = zeros.index_add(0, batch.sequence, batch.label.float())
+    elif rows is not None:
+        own = labels_of_sequences(rows.to(zeros.device), present)
+    else:
+        raise Misuse(
+            "with num_items_in_batch the labels that it counts must be given too, as labels, shift_labels or "
+            "start_positions: a row's share of the auxiliary losses is its labels / num_items_in_batch"
+        )
+    everything = own.sum() if items is None else torch.as_tensor(items, device=own.device).float()
+    return own / everything.clamp_min(1)
+
+
+def labels_of_sequences(
+    rows: Float[Tensor, " labelled"], present: Float[Tensor, " sequences"]
+) -> Float[Tensor, " sequences"]:
+    """Return the labels of each sequence: its row's, or its part of an example's with several rows (choices).
+
+    If labels are cut into rows otherwise than tokens are, all sequences get the same part.
+    """
+    each, rest = divmod(len(present), len(rows))
+    if rest:
+        return present * rows.sum() / present.sum().clamp_min(1)
+    parts = present.view(len(rows), each)
+    return (parts * (rows / parts.sum(1).clamp_min(1))[:, None]).flatten()

@@ -23,6 +23,7 @@ def moe_layers(model: nn.Module) -> list[MoELayer]:
     """
     model = inner_model(model)
     layers = [layer_of(model, name, experts) for name, experts in experts_modules(model)]
+    refuse_shared_experts(model, layers)
     if not layers:
         families.refuse_if_outside(model)
         raise Misuse(f"{type(model).__name__} has no experts: auxiliary losses and routing metrics need an MoE layer")
@@ -59,6 +60,16 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             plain = plain_name(name)
             if module_at(model, plain) is module:  # and not PEFT's original of what it trains a copy of
                 yield plain, module
+
+
+def refuse_shared_experts(model: nn.Module, layers: Sequence[MoELayer]) -> None:
+    """Raise Misuse if several routers share experts: which of them chose cannot be told at the experts."""
+    known = {layer.experts: layer for layer in layers}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (layer := known.get(module)) is not None:
+            parent = module_at(model, plain_name(name).rpartition(".")[0])
+            if find_router(parent, name) is not layer.router:
+                raise Misuse(f"{layer.name} and {name} share their experts, but not their router: give each its own")
 
 
 def layer_of(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForQuestionAnsweringLoss
+from transformers.loss.loss_utils import ForSequenceClassificationLoss as OfRowsLoss
 
 from moestro.adapters.batch import describe
 from moestro.adapters.layers import moe_layers, moved
@@ -60,7 +61,9 @@ class Watch:
         """Domain of each token of the coming pass, [batch, sequence]; set by whoever knows it."""
         self.withheld: dict[str, Any] = {}
         """Inputs that the model is not given but that describe its batch: labels, where a trainer keeps them back."""
-        self._shifts_labels = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "") in (ForCausalLMLoss, None)
+        loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
+        self.shifts_labels = loss in (ForCausalLMLoss, None)
+        self.labels_tokens = loss not in (OfRowsLoss, ForQuestionAnsweringLoss)
         self._names = [name for name in inspect.signature(type(model).forward).parameters if name != "self"]
         self._handles: list[Any] = []
 
@@ -130,7 +133,8 @@ class Watch:
         training = model.training and torch.is_grad_enabled()
         if self._latest is not None:
             self._latest.close()  # it may have broken off
-        current = Pass(describe(inputs, self.domain, shifts_labels=self._shifts_labels), training=training)
+        batch = describe(inputs, self.domain, shifts_labels=self.shifts_labels, labels_tokens=self.labels_tokens)
+        current = Pass(batch, training=training)
         self.current = self._latest = current
         if not torch.compiler.is_compiling():
             self._passes.add(current)
