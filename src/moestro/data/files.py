@@ -1,189 +1,123 @@
 """One file on disk, of any format that moestro reads, as rows of text."""
 
 import csv
-import gzip
-import io
-import json
-import sys
-import tokenize
-import zlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from moestro.data.compression import UNREADABLE, open_bytes, without_compression
+from moestro.data.json_rows import holds_json_lines, read_json
+from moestro.data.plain_text import NotText, read_parts
+from moestro.data.rows import Row, columns_among, no_column, row_of
+from moestro.data.tables import TabSeparated, read_arrow, read_delimited, read_parquet
 from moestro.errors import Misuse
 
+logger = logging.getLogger(__name__)
+
 TEXT_ENDINGS = (".txt", ".md", ".rst", ".py")
-ROW_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-KNOWN_ENDINGS = (*TEXT_ENDINGS, *ROW_ENDINGS)
-
-
-class _TabSeparated(csv.excel_tab):
-    """text/tab-separated-values knows no quoting: a lone " in a field is a quotation mark."""
-
-    quoting = csv.QUOTE_NONE
-
-
-class NotText(Misuse):
-    """A file of text that turns out to be binary, or in no encoding that we read."""
+JSON_ENDINGS = (".jsonl", ".json", ".ndjson", ".jsonlines", ".jl")
+PARQUET_ENDINGS, ARROW_ENDINGS = (".parquet", ".parq", ".pq"), (".arrow", ".feather")
+KNOWN_ENDINGS = (*TEXT_ENDINGS, *JSON_ENDINGS, ".csv", ".tsv", *PARQUET_ENDINGS, *ARROW_ENDINGS)
+ARCHIVES = (".zip", ".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst", ".7z", ".rar")
 
 
 def ending_of(path: Path) -> str:
-    """The ending that decides how a file is read: `.jsonl` for `part0.JSONL.gz`, empty where there is none."""
-    return Path(_without_gz(path)).suffix.lower()
+    """Return the ending that decides how a file is read: `.jsonl` for `part0.JSONL.gz`, empty where there is none."""
+    return Path(without_compression(path)).suffix.lower()
 
 
 def stem_of(path: Path) -> str:
-    """The file's name without its endings: `part0` for `part0.jsonl.gz`."""
-    return Path(_without_gz(path)).stem
+    """Return the file's name without its endings: `part0` for `part0.jsonl.gz`."""
+    return Path(without_compression(path)).stem
 
 
-def _without_gz(path: Path) -> str:
-    return path.stem if path.suffix.lower() == ".gz" else path.name
+def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
+    """Yield the rows of a file, in bounded memory; a file of text is one row, or several of 16 Mi characters.
 
-
-def read_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Yield `(row number from 1, text)`; a file of text is one row, whatever its ending.
-
-    In the formats with columns a row's text is that of `columns`, joined by line ends; rows with a null among them
-    are passed over, since half a row is not a document.
+    In the formats with columns a row's text is that of `columns`, joined by line ends. Where `columns` is `text` and
+    the file has none but holds chats (`chats.CHAT_COLUMNS`), a row is a chat. A file of unknown ending, or `.txt`,
+    whose first lines are JSON objects is read as JSON lines, with a warning.
 
     Raises:
-        NotText: a file of text is binary, or not in UTF-8 (for `.py`: not in the encoding that it declares).
-        Misuse: the file cannot be read or parsed, or has no such column of text.
+        NotText: the file is binary, or not in UTF-8 (for `.py`: not in the encoding that it declares).
+        Misuse: the file cannot be read or parsed, has no such column, or expands beyond the limit.
     """
     try:
-        match ending_of(path):
-            case ".jsonl":
-                yield from _texts(path, _json_lines(path), columns)
-            case ".json":
-                yield from _texts(path, _json_records(path), columns)
-            case ".csv":
-                yield from _texts(path, _delimited(path, columns, csv.excel), columns)
-            case ".tsv":
-                yield from _texts(path, _delimited(path, columns, _TabSeparated), columns)
-            case ".parquet":
-                yield from _texts(path, _parquet(path, columns), columns)
+        match format_of(path):
+            case "json":
+                yield from _rows(path, read_json(path), columns)
+            case "csv":
+                yield from _rows(path, read_delimited(path, columns, csv.excel), columns)
+            case "tsv":
+                yield from _rows(path, read_delimited(path, columns, TabSeparated), columns)
+            case "parquet":
+                yield from _rows(path, read_parquet(path, columns), columns)
+            case "arrow":
+                yield from _rows(path, read_arrow(path, columns), columns)
+            case "archive":
+                raise Misuse(f"{path} is an archive: unpack it, and name its folder")
             case _:
-                yield 1, read_text(path)
-    except (OSError, EOFError, zlib.error) as error:
+                parts = read_parts(path, declared=ending_of(path) == ".py")
+                yield from (Row(number, part) for number, part in enumerate(parts, start=1))
+    except UnicodeError as error:
+        raise NotText(f"{path} is not text in UTF-8: {error}") from error
+    except UNREADABLE as error:
         raise Misuse(f"{path} cannot be read: {error}") from error
 
 
 def read_text(path: Path) -> str:
-    """A whole file of text, line ends as they are.
+    """Return a whole file of text, line ends as they are.
 
     Raises:
         NotText: it holds NUL bytes or cannot be decoded.
     """
-    with _open(path) as stream:
-        data = stream.read()
-    if b"\0" in data:
-        raise NotText(f"{path} is binary, not text: it holds NUL bytes")
+    return "".join(read_parts(path, declared=ending_of(path) == ".py"))
+
+
+def format_of(path: Path) -> str:
+    """Return the format by ending; by the first bytes or lines where the ending says nothing."""
+    ending = ending_of(path)
+    for name, endings in (
+        ("json", JSON_ENDINGS),
+        ("csv", (".csv",)),
+        ("tsv", (".tsv",)),
+        ("parquet", PARQUET_ENDINGS),
+        ("arrow", ARROW_ENDINGS),
+        ("archive", ARCHIVES),
+        ("text", tuple(e for e in TEXT_ENDINGS if e != ".txt")),
+    ):
+        if ending in endings or (name == "archive" and path.suffix.lower() in ARCHIVES):
+            return name
+    return _format_by_content(path)
+
+
+def _format_by_content(path: Path) -> str:
+    with open_bytes(path) as stream:
+        head = stream.read(6)
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith(b"ARROW1"):
+        return "arrow"
     try:
-        encoding = tokenize.detect_encoding(io.BytesIO(data).readline)[0] if ending_of(path) == ".py" else "utf-8-sig"
-        return data.decode(encoding)
-    except (UnicodeDecodeError, SyntaxError) as error:  # SyntaxError: detect_encoding's word for "no such encoding"
-        raise NotText(f"{path} is not text in UTF-8: {error}") from error
+        found = holds_json_lines(path)
+    except UnicodeError:  # binary, or in another encoding: reading it as text says so
+        return "text"
+    if found:
+        logger.warning("%s holds JSON lines: each is read as a row", path)
+    return "json" if found else "text"
 
 
-def no_column(where: str, columns: Sequence[str], existing: Iterable[str]) -> Misuse:
-    """The error for a text column that is not there; names the columns that are."""
-    names = sorted(existing)
-    missing = " and ".join(repr(column) for column in columns if column not in names)
-    listed = ", ".join(repr(name if len(name) <= 40 else f"{name[:40]}…") for name in names[:20])
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return Misuse(f"{where} has no column {missing}; it has {listed}{more} (choose with --text-column or ::COLUMN)")
-
-
-def join_columns(where: str, row: Mapping[str, Any], columns: Sequence[str]) -> str | None:
-    """The text of one row: its columns joined by line ends, None where one of them is null or absent."""
-    values = [row.get(column) for column in columns]
-    for column, value in zip(columns, values, strict=True):
-        if value is not None and not isinstance(value, str):
-            raise Misuse(f"{where}: column {column!r} must hold text, got {type(value).__name__}")
-    return None if None in values else "\n".join(cast(list[str], values))
-
-
-def _texts(path: Path, records: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[tuple[int, str]]:
+def _rows(path: Path, records: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> Iterator[Row]:
     """Check columns as rows go by: JSON rows may leave out a null, so one row that has them all is enough."""
     seen: set[str] = set()
+    found = False
     for number, record in enumerate(records, start=1):
-        if not seen.issuperset(columns):
+        chosen = columns_among(record, columns)
+        found = found or chosen is not None
+        if not found and len(seen) < 1000:
             seen.update(record)
-        text = join_columns(f"{path}:{number}", record, columns)
-        if text is not None:
-            yield number, text
-    if seen and not seen.issuperset(columns):
+        chat = chosen is not None and chosen != tuple(columns)
+        yield row_of(f"{path}:{number}", number, record, chosen or columns, chat=chat)
+    if seen and not found:
         raise no_column(str(path), columns, seen)
-
-
-def _open(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.GzipFile(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _json_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield _json_object(path, number, line)
-
-
-def _json_records(path: Path) -> Iterator[Mapping[str, Any]]:
-    """A `.json` file is an array of objects, one object, or (as often found) JSON lines."""
-    with _open(path) as stream:
-        data = stream.read()
-    try:
-        whole = json.loads(data)
-    except (ValueError, RecursionError):
-        yield from _json_lines(path)
-        return
-    for number, record in enumerate(whole if isinstance(whole, list) else [whole], start=1):
-        yield _as_object(path, number, record)
-
-
-def _json_object(path: Path, number: int, line: bytes) -> Mapping[str, Any]:
-    try:
-        return _as_object(path, number, json.loads(line))
-    except Misuse:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise Misuse(f"{path}:{number} must be a JSON object, got {_start_of(line)}: {error}") from error
-
-
-def _as_object(path: Path, number: int, value: object) -> Mapping[str, Any]:
-    if isinstance(value, dict):
-        return value
-    raise Misuse(f"{path}:{number} must be a JSON object, got {type(value).__name__}")
-
-
-def _start_of(line: bytes) -> str:
-    return repr(line[:40].decode("utf-8", "replace"))
-
-
-def _delimited(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Iterator[Mapping[str, Any]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the stock limit of 128 KiB refuses a long document
-    with _open(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, dialect=dialect)
-        try:
-            if reader.fieldnames and not set(columns).issubset(reader.fieldnames):
-                raise no_column(str(path), columns, reader.fieldnames)
-            yield from reader
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise Misuse(f"{path}:{reader.line_num} cannot be read as a table: {error}") from error
-
-
-def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
-    with _open(path) as stream:
-        try:
-            table = pq.ParquetFile(io.BytesIO(stream.read()) if path.suffix.lower() == ".gz" else stream)
-            names = table.schema_arrow.names
-            if not set(columns).issubset(names):
-                raise no_column(str(path), columns, names)
-            for batch in table.iter_batches(batch_size=1024, columns=list(columns)):
-                yield from batch.to_pylist()
-        except pa.ArrowException as error:
-            raise Misuse(f"{path} is not a readable Parquet file: {error}") from error

@@ -8,15 +8,17 @@ that holds a file which a glob found, or the last part of a data set's name.
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from glob import glob, has_magic
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moestro.data.files import KNOWN_ENDINGS, NotText, ending_of, join_columns, no_column, read_rows, stem_of
+from moestro.data.chats import Message
+from moestro.data.files import NotText, read_rows
+from moestro.data.folders import LeftOut, find_files
+from moestro.data.rows import Row, columns_among, no_column, row_of
 from moestro.errors import Misuse
 from moestro.gate.loading import load_rows
+from moestro.gate.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class Document:
     text: str
     domain: str
     source: str  # where it came from, as "path:row"
+    chat: tuple[Message, ...] = ()  # the messages, if it is a chat; `text` is then their plain form
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +41,6 @@ class Source:
     label: str | None
     place: str
     columns: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    path: Path
-    domain: str
-    named: bool  # the user named this very file, so that it must be readable
 
 
 def parse_source(spec: str, *, text_column: str = "text") -> Source:
@@ -61,89 +57,86 @@ def parse_source(spec: str, *, text_column: str = "text") -> Source:
 
 
 def read_source(spec: str, *, text_column: str = "text") -> Iterator[Document]:
-    """Yield the documents of one source, files in sorted order.
+    """Yield the documents of one source, files in sorted order, one row in memory at a time.
 
-    A file of text (`.txt .md .rst .py`, and any other ending if the very file is named) is one document; a row of
-    `.jsonl .json .csv .tsv .parquet` is one document. All may be gzipped (`.gz`). Documents of nothing but white
-    space are dropped. In folders and globs, files of other endings and binary files are skipped, hidden ones not
-    looked at; what was skipped is logged as a warning with its count.
+    A file of text (`.txt .md .rst .py`, and any other ending if the very file is named) is one document, or several if
+    it is longer than 16 Mi characters; a row of JSON (`.jsonl .ndjson .json`), `.csv`, `.tsv`, `.parquet` or `.arrow`
+    is one document. All may be compressed (`.gz .bz2 .xz .zst .lz4`). A row without a column `text` that holds a chat
+    (`messages`, `conversations`, or `prompt` and `completion`) is a document with its messages.
+
+    What is left out is logged as a warning with its count: files of other endings, documents of nothing but white
+    space, rows with nothing in a column, and in folders and globs files that are not text. Hidden files are not
+    looked at.
 
     Raises:
-        Misuse: the place does not exist, cannot be read, is binary, has no such column, or holds no text.
+        Misuse: the place does not exist, cannot be read, is binary, has no such column, holds no text, or less than
+            5 % of its bytes are of known endings.
     """
     source = parse_source(spec, text_column=text_column)
-    skipped: Counter[str] = Counter()
+    left_out = LeftOut()
+    hub = source.place.startswith("hf:")
     empty = True
-    documents = _read_hub(source) if source.place.startswith("hf:") else _read_files(source, skipped)
-    for document in documents:
+    for document in _read_hub(source, left_out) if hub else _read_files(source, source.place, left_out):
         if not _is_unicode(document.text):
-            skipped["rows with half a surrogate pair"] += 1
+            left_out.others["rows with half a surrogate pair"] += 1
         elif document.text.strip():
             empty = False
             yield document
-    summary = ", ".join(f"{what} ({count})" for what, count in sorted(skipped.items()))
+        else:
+            left_out.others["documents without text"] += 1
+    left_out.check(spec)
     if empty:
-        raise Misuse(f"{spec} holds no text" + (f" (skipped: {summary})" if summary else ""))
-    if summary:
-        logger.warning("%s: skipped %s", spec, summary)
+        raise Misuse(f"{spec} holds no text" + (f" (skipped: {left_out})" if str(left_out) else ""))
+    if str(left_out):
+        logger.warning("%s: skipped %s", spec, left_out)
 
 
-def _read_files(source: Source, skipped: Counter[str]) -> Iterator[Document]:
-    for file in _find_files(source):
-        if not file.named and ending_of(file.path) not in KNOWN_ENDINGS:
-            skipped["files of unknown ending"] += 1
-            continue
+def _read_files(source: Source, place: str, left_out: LeftOut) -> Iterator[Document]:
+    files = find_files(source.spec, place, source.label, left_out)
+    left_out.check(source.spec)
+    for file in files:
         try:
-            for number, text in read_rows(file.path, source.columns):
-                yield Document(text=text, domain=file.domain, source=f"{file.path}:{number}")
-        except NotText:
+            for row in read_rows(file.path, source.columns):
+                yield _document(row, file.domain, f"{file.path}:{row.number}")
+        except NotText as error:
             if file.named:
                 raise
-            skipped["files that are not text"] += 1
+            logger.warning("skipped: %s", error)
+            left_out.others["files that are not text"] += 1
+            size = file.path.stat().st_size
+            left_out.bytes_read -= size
+            left_out.bytes_left_out += size
 
 
-def _find_files(source: Source) -> Iterator[_Found]:
-    path = Path(source.place).expanduser()
-    if path.is_file():
-        yield _Found(path=path, domain=source.label or stem_of(path), named=True)
-    elif path.is_dir():
-        yield from _walk(path, source.label)
-    elif path.exists():
-        raise Misuse(f"{source.spec} must be a file, a folder or a glob, got a device or a pipe")
-    elif has_magic(source.place) and (matches := sorted(glob(str(path), recursive=True))):
-        for match in map(Path, matches):
-            if match.is_file():
-                yield _Found(path=match, domain=source.label or match.resolve().parent.name, named=False)
-            elif "**" not in source.place:  # `**` already lists what lies in the folders that it matches
-                yield from _walk(match, source.label)
-    else:
-        raise Misuse(f"{source.spec} does not exist: no file, folder or glob match of that name")
+def _document(row: Row, domain: str, source: str) -> Document:
+    return Document(text=row.text or "", domain=domain, source=source, chat=row.chat)
 
 
-def _walk(folder: Path, label: str | None) -> Iterator[_Found]:
-    domain = label or folder.resolve().name or "root"
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(parent, name)
-            if not name.startswith(".") and path.is_file():
-                yield _Found(path=path, domain=domain, named=False)
-
-
-def _read_hub(source: Source) -> Iterator[Document]:
-    """Rows of a data set, downloaded (or found in the local cache) by `datasets`."""
+def _read_hub(source: Source, left_out: LeftOut) -> Iterator[Document]:
+    """Rows of a data set, downloaded (or found in the local cache) by `datasets`, or saved by it in a folder."""
     name, config, split, *rest = [*source.place.removeprefix("hf:").split(":"), "", ""]
     if not name or any(rest):
         raise Misuse(f"a data set of the hub must read hf:NAME[:CONFIG[:SPLIT]], got {source.place!r}")
+    source = replace(source, label=source.label or Path(name).name)
+    folder = user_path(name)
+    if (folder / "dataset_dict.json").is_file():
+        yield from _read_files(source, str(folder / (split or "train")), left_out)
+    elif (folder / "state.json").is_file():
+        yield from _read_files(source, str(folder), left_out)
+    else:
+        yield from _read_data_set(source, name, config, split)
+
+
+def _read_data_set(source: Source, name: str, config: str, split: str) -> Iterator[Document]:
     problem = f"{source.spec} cannot be loaded as a data set of the hub"
     rows = load_rows(name, config or None, split or "train", problem)
-    if not set(source.columns).issubset(rows.column_names):
+    chosen = columns_among(rows.column_names, source.columns)
+    if chosen is None:
         raise no_column(source.spec, source.columns, rows.column_names)
-    for number, row in enumerate(rows.select_columns(list(source.columns)), start=1):
+    for number, record in enumerate(rows.select_columns(list(chosen)), start=1):
         where = f"{source.place}:{number}"
-        text = join_columns(where, dict(row), source.columns)
-        if text is not None:
-            yield Document(text=text, domain=source.label or Path(name).name, source=where)
+        row = row_of(where, number, dict(record), chosen, chat=chosen != source.columns)
+        yield _document(row, source.label or name, where)
 
 
 def _exists(place: str) -> bool:

@@ -1,0 +1,71 @@
+"""Chats in the forms in which data sets keep them, as messages of a role and a content."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+Message: TypeAlias = Mapping[str, Any]
+"""What chat templates take: `role`, `content`, and what else the row has, such as `tool_calls`."""
+
+CHAT_COLUMNS = (("messages",), ("conversations",), ("conversation",), ("prompt", "completion"))
+"""Columns that hold a chat, in the order of preference."""
+
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
+_PAIR = {"prompt": "user", "completion": "assistant"}
+
+
+def chat_columns(names: Collection[str]) -> tuple[str, ...] | None:
+    """Return the columns among `names` that hold a chat; None if there are none."""
+    return next((columns for columns in CHAT_COLUMNS if set(columns).issubset(names)), None)
+
+
+def messages_of(columns: Sequence[str], values: Sequence[object]) -> tuple[Message, ...] | None:
+    """Return the messages in a row's `values`; None if they hold no chat.
+
+    A list of messages may be spelled `role`/`content` or `from`/`value` (ShareGPT, LLaVA). The columns `prompt` and
+    `completion` hold lists of messages, or the texts of one user and one assistant.
+    """
+    paired = tuple(columns) == ("prompt", "completion")
+    messages: list[Message] = []
+    for column, value in zip(columns, values, strict=True):
+        if isinstance(value, list) and all(map(_is_message, value)):
+            messages += map(_message, value)
+        elif paired and isinstance(value, str):
+            messages.append({"role": _PAIR[column], "content": value})
+        else:
+            return None
+    return tuple(messages)
+
+
+def plain(messages: Sequence[Message]) -> str:
+    """Return a chat as text for tokenizers without a chat template: `role: content`, a blank line between messages."""
+    return "\n\n".join(f"{message['role']}: {_words(message)}" for message in messages)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and (
+        (isinstance(value.get("role"), str) and {"content", "tool_calls"} & set(value) != set())
+        or (isinstance(value.get("from"), str) and isinstance(value.get("value"), str))
+    )
+
+
+def _message(value: dict[str, Any]) -> Message:
+    if "role" in value:
+        kept = {name: content for name, content in value.items() if content is not None}
+        return kept | {"content": _text_of(value.get("content"))}
+    role = value["from"].lower()
+    return {"role": _ROLES.get(role, role), "content": value["value"]}
+
+
+def _text_of(content: object) -> str:
+    """Return the text of a message; of one in parts (text and pictures) the parts that are text."""
+    if isinstance(content, list):
+        return "\n".join(
+            part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
+        )
+    return content if isinstance(content, str) else "" if content is None else json.dumps(content)
+
+
+def _words(message: Message) -> str:
+    calls = message.get("tool_calls")
+    return "\n".join(part for part in (message["content"], json.dumps(calls) if calls else "") if part)

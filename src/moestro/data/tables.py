@@ -1,0 +1,158 @@
+"""Tables as streams of records: CSV and TSV, Parquet, Arrow."""
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moestro.data.compression import LONGEST_ROW, Expansion, seekable
+from moestro.data.plain_text import open_text
+from moestro.data.rows import columns_among, no_column
+from moestro.errors import Misuse
+
+Records = Iterator[Mapping[str, Any]]
+BATCH = 1024
+"""Rows in memory at once; fewer where a column holds lists."""
+_ROW_COST = 64
+"""Bytes that a row counts beside its text, so that a small file cannot announce rows without end."""
+
+
+class TabSeparated(csv.excel_tab):
+    """text/tab-separated-values knows no quoting: a lone " in a field is a quotation mark."""
+
+    quoting = csv.QUOTE_NONE
+
+
+def read_delimited(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Records:
+    """Yield the rows of a file of delimited values as records of the columns that are read.
+
+    Raises:
+        Misuse: a quotation mark is not closed where its cell ends, a row has more cells than the header, or there is no
+            such column. The error names the line on which the row begins.
+    """
+    csv.field_size_limit(LONGEST_ROW)  # the stock limit of 128 KiB refuses a long document
+    with open_text(path) as stream:
+        reader = csv.reader(_lines(path, stream), dialect=dialect, strict=True)
+        rows = _cells(path, reader)
+        _, header = next(rows, (1, []))
+        chosen = columns_among(header, columns)
+        if header and chosen is None:
+            raise no_column(str(path), columns, header)
+        if len(set(chosen or ())) < len([name for name in header if name in (chosen or ())]):
+            raise Misuse(f"{path} must name each column once, got {' and '.join(chosen or ())} twice")
+        for line, cells in rows:
+            if len(cells) > len(header):
+                raise Misuse(
+                    f"{path}:{line} must have {len(header)} cells, as the header has, got {len(cells)}: "
+                    "a cell that holds the delimiter must be quoted"
+                )
+            record = dict(zip(header, cells, strict=False))
+            yield {name: record.get(name) for name in chosen or ()}
+
+
+def _cells(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
+    """Yield each row that is not blank with the line on which it begins."""
+    begins = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield begins, cells
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        hint = " (is a quotation mark in that row not closed?)" if reader.line_num > begins else ""
+        raise Misuse(f"{path}:{begins} cannot be read as a row of a table: {error}{hint}") from error
+
+
+def _lines(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
+    number = 0
+    while line := stream.readline(LONGEST_ROW + 1):
+        number += 1
+        if len(line) > LONGEST_ROW:
+            raise Misuse(f"{path}:{number} must be a row of at most {LONGEST_ROW:,} characters")
+        if "\0" in line:
+            raise Misuse(f"{path}:{number} cannot be read as a row of a table: it holds NUL bytes")
+        yield line
+
+
+def read_parquet(path: Path, columns: Sequence[str]) -> Records:
+    """Yield the rows of a Parquet file, batch by batch.
+
+    Columns of text are read as dictionaries: a value that a million rows share is in memory once.
+    """
+    expansion = Expansion(path)
+    with seekable(path) as place:
+        try:
+            table = pq.ParquetFile(place)
+            schema = table.schema_arrow
+            chosen = _choose(path, columns, schema)
+            _check_pages(path, table.metadata, expansion)
+            text = [name for name in chosen if _is_text(schema.field(name).type)]
+            table = pq.ParquetFile(place, read_dictionary=text, buffer_size=2**20)
+            size = BATCH if len(text) == len(chosen) else BATCH // 64
+            for batch in table.iter_batches(batch_size=size, columns=list(chosen)):
+                yield from _records(batch, expansion)
+        except pa.ArrowException as error:
+            raise Misuse(f"{path} is not a readable Parquet file: {_first_line(error)}") from error
+
+
+def read_arrow(path: Path, columns: Sequence[str]) -> Records:
+    """Yield the rows of an Arrow file (the format that `datasets` saves, and Feather), batch by batch."""
+    expansion = Expansion(path)
+    with seekable(path) as place, pa.memory_map(str(place)) as source:
+        try:
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
+            chosen = list(_choose(path, columns, reader.schema))
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
+            for batch in batches:
+                part = batch.select(chosen)
+                part.validate(full=True)  # offsets that point outside would end the process
+                for start in range(0, len(part), BATCH):
+                    yield from _records(part.slice(start, BATCH), expansion)
+        except pa.ArrowException as error:
+            raise Misuse(f"{path} is not a readable Arrow file: {_first_line(error)}") from error
+
+
+def _choose(path: Path, columns: Sequence[str], schema: pa.Schema) -> tuple[str, ...]:
+    chosen = columns_among(schema.names, columns)
+    if chosen is None:
+        raise no_column(str(path), columns, schema.names)
+    return chosen
+
+
+def _check_pages(path: Path, metadata: Any, expansion: Expansion) -> None:
+    """Refuse a row group that says it expands beyond the limit, before it is decompressed."""
+    for group in range(metadata.num_row_groups):
+        size = metadata.row_group(group).total_byte_size
+        Expansion(path).add(size)
+    expansion.add(0)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _records(batch: pa.RecordBatch, expansion: Expansion) -> Records:
+    columns = [_values(batch.column(name)) for name in batch.schema.names]
+    for values in zip(*columns, strict=True):
+        expansion.add(_ROW_COST + sum(len(value) for value in values if isinstance(value, str)))
+        yield dict(zip(batch.schema.names, values, strict=True))
+
+
+def _values(array: pa.Array) -> Iterator[Any]:
+    """Yield Python values; rows that share a dictionary's value share its string."""
+    if not isinstance(array, pa.DictionaryArray):
+        yield from array.to_pylist()
+        return
+    shared = array.dictionary.to_pylist()
+    for index in array.indices.to_pylist():
+        yield None if index is None else shared[index]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
