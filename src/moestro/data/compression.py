@@ -20,8 +20,10 @@ MEBIBYTE = 2**20
 LONGEST_ROW = 32 * MEBIBYTE
 """Characters of one row of a table, or of one line of JSON."""
 FREE_EXPANSION = 64 * MEBIBYTE
-LARGEST_RATIO = 200
-"""A file may hold FREE_EXPANSION of text, or LARGEST_RATIO times its size if that is more; text compresses by 3 to 20."""
+LARGEST_RATIO = 100
+"""A file may hold FREE_EXPANSION of text, or LARGEST_RATIO times its size; text compresses by 3 to 20."""
+ROW_COST = 64
+"""Bytes that a row or a line counts beside its text, so that a small file cannot hold rows without end."""
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 """What the decompressors raise for a broken file."""

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from glob import escape, glob, has_magic
 from pathlib import Path
 
 from moestro.data.compression import open_bytes, without_compression
@@ -88,12 +88,29 @@ def find_files(spec: str, place: str, label: str | None, left_out: LeftOut) -> l
         found = list(_walk(path, label, left_out, seen))
     elif path.exists():
         raise Misuse(f"{spec} must be a file, a folder or a glob, got a device or a pipe")
-    elif has_magic(place) and (matches := sorted(glob(str(path), recursive=True))):
+    elif has_magic(place) and (matches := sorted(set(_expand(str(path))))):
         found = list(_matches(list(map(Path, matches)), place, label, left_out, seen))
     else:
         raise Misuse(f"{spec} does not exist: no file, folder or glob match of that name")
     left_out.bytes_read = sum(file.path.stat().st_size for file in found)
     return found
+
+
+def _expand(pattern: str) -> Iterator[str]:
+    """Yield what a pattern matches; `**` enters each real folder once, where `glob` runs through loops of links."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        yield from glob(pattern)
+        return
+    place = parts.index("**")
+    rest = parts[place + 1 :]
+    seen: set[str] = set()
+    for base in glob(str(Path(*parts[:place]))) if place else ["."]:
+        for parent, files in _folders(Path(base), seen):
+            if rest:
+                yield from _expand(str(Path(escape(str(parent)), *rest)))
+            else:
+                yield from (str(parent / name) for name in files if not name.startswith("."))
 
 
 def _matches(matches: list[Path], place: str, label: str | None, left_out: LeftOut, seen: set[str]) -> Iterator[Found]:
@@ -108,8 +125,8 @@ def _matches(matches: list[Path], place: str, label: str | None, left_out: LeftO
             yield from _walk(match, label, left_out, seen)
 
 
-def _walk(folder: Path, label: str | None, left_out: LeftOut, seen: set[str]) -> Iterator[Found]:
-    domain = label or folder.resolve().name or "root"
+def _folders(folder: Path, seen: set[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield every folder at or below `folder`, through links, with its file names; each real folder once."""
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_unlisted):
         real = os.path.realpath(parent)
         if real in seen:
@@ -117,9 +134,15 @@ def _walk(folder: Path, label: str | None, left_out: LeftOut, seen: set[str]) ->
             continue
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        saved = _saved_shards(Path(parent))
-        for name in sorted(files):
-            path = Path(parent, name)
+        yield Path(parent), sorted(files)
+
+
+def _walk(folder: Path, label: str | None, left_out: LeftOut, seen: set[str]) -> Iterator[Found]:
+    domain = label or folder.resolve().name or "root"
+    for parent, files in _folders(folder, seen):
+        saved = _saved_shards(parent)
+        for name in files:
+            path = parent / name
             if name.startswith("."):
                 continue
             if not path.is_file():

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moestro.data.compression import LONGEST_ROW, MEBIBYTE
+from moestro.data.compression import LONGEST_ROW, MEBIBYTE, ROW_COST, Expansion
 from moestro.data.plain_text import open_text
 from moestro.errors import Misuse
 
@@ -50,9 +50,10 @@ def holds_json_lines(path: Path) -> bool:
 
 
 def _lines(path: Path, stream: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
-    number = 0
+    number, expansion = 0, Expansion(path)
     while line := stream.readline(LONGEST_ROW + 1):
         number += 1
+        expansion.add(ROW_COST + len(line))
         if len(line) > LONGEST_ROW and not line.lstrip(_WHITE).startswith("["):  # an array may stand on one line
             raise Misuse(f"{path}:{number} must be a JSON object of at most {LONGEST_ROW:,} characters")
         yield number, line

@@ -18,7 +18,7 @@ _BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_ASCII = bytes([*b"\t\n\r", *range(32, 127)]) + b" a+b- ~{ \\n &"
+_ASCII = bytes([*b"\t\n\r", *range(32, 92), *range(93, 127)]) + rb" a+b- ~{ \n"
 
 
 class NotText(Misuse):

@@ -9,16 +9,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from moestro.data.compression import LONGEST_ROW, Expansion, seekable
-from moestro.data.plain_text import open_text
+from moestro.data.compression import LONGEST_ROW, ROW_COST, Expansion, seekable
+from moestro.data.plain_text import NotText, open_text
 from moestro.data.rows import columns_among, no_column
 from moestro.errors import Misuse
 
 Records = Iterator[Mapping[str, Any]]
 BATCH = 1024
 """Rows in memory at once; fewer where a column holds lists."""
-_ROW_COST = 64
-"""Bytes that a row counts beside its text, so that a small file cannot announce rows without end."""
 
 
 class TabSeparated(csv.excel_tab):
@@ -68,9 +66,10 @@ def _cells(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
 
 
 def _lines(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
-    number = 0
+    number, expansion = 0, Expansion(path)
     while line := stream.readline(LONGEST_ROW + 1):
         number += 1
+        expansion.add(ROW_COST + len(line))
         if len(line) > LONGEST_ROW:
             raise Misuse(f"{path}:{number} must be a row of at most {LONGEST_ROW:,} characters")
         if "\0" in line:
@@ -89,7 +88,8 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Records:
             table = pq.ParquetFile(place)
             schema = table.schema_arrow
             chosen = _choose(path, columns, schema)
-            _check_pages(path, table.metadata, expansion)
+            for group in range(table.metadata.num_row_groups):
+                Expansion(path).add(table.metadata.row_group(group).total_byte_size)  # before it is decompressed
             text = [name for name in chosen if _is_text(schema.field(name).type)]
             table = pq.ParquetFile(place, read_dictionary=text, buffer_size=2**20)
             size = BATCH if len(text) == len(chosen) else BATCH // 64
@@ -115,6 +115,8 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Records:
                 for start in range(0, len(part), BATCH):
                     yield from _records(part.slice(start, BATCH), expansion)
         except pa.ArrowException as error:
+            if "UTF8" in str(error):
+                raise NotText(f"{path} is not text in UTF-8: {_first_line(error)}") from error
             raise Misuse(f"{path} is not a readable Arrow file: {_first_line(error)}") from error
 
 
@@ -125,14 +127,6 @@ def _choose(path: Path, columns: Sequence[str], schema: pa.Schema) -> tuple[str,
     return chosen
 
 
-def _check_pages(path: Path, metadata: Any, expansion: Expansion) -> None:
-    """Refuse a row group that says it expands beyond the limit, before it is decompressed."""
-    for group in range(metadata.num_row_groups):
-        size = metadata.row_group(group).total_byte_size
-        Expansion(path).add(size)
-    expansion.add(0)
-
-
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
@@ -140,7 +134,7 @@ def _is_text(kind: pa.DataType) -> bool:
 def _records(batch: pa.RecordBatch, expansion: Expansion) -> Records:
     columns = [_values(batch.column(name)) for name in batch.schema.names]
     for values in zip(*columns, strict=True):
-        expansion.add(_ROW_COST + sum(len(value) for value in values if isinstance(value, str)))
+        expansion.add(ROW_COST + sum(len(value) for value in values if isinstance(value, str)))
         yield dict(zip(batch.schema.names, values, strict=True))
 
 
