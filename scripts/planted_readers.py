@@ -24,4 +24,18 @@ BUGS = [
         "read_dictionary=[]",
         "test_data_hostile",
     ),
+    Bug(
+        "readers: ids wrap at 65,536",
+        "data/tokenizer.py",
+        "return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))",
+        "return len(tokenizer)",
+        "test_data_odd_tokenizers",
+    ),
+    Bug(
+        "readers: replacements multiply text without a limit",
+        "data/tokenizer.py",
+        "if part is not None and (grown := growth(json.loads(part.__getstate__()))) > LARGEST_GROWTH:",
+        "if part is not None and (grown := growth(json.loads(part.__getstate__()))) > 2**40:",
+        "test_data_odd_tokenizers",
+    ),
 ]

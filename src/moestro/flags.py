@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.preparation import PreparedData, prepare
+from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Misuse
 from moestro.gate.ranges import Bytes, check_fields, either, shown
 from moestro.sweep import Grid
@@ -58,7 +59,7 @@ class DataFlags:
         """The recipes with the vocabulary of a tokenizer that was given; one trained here has the recipe's size."""
         if self.tokenizer is None:
             return list(recipes)
-        vocabulary = len(data.tokenizer)
+        vocabulary = vocabulary_size(data.tokenizer)
         return [replace(recipe, model=replace(recipe.model, vocab_size=vocabulary)) for recipe in recipes]
 
 

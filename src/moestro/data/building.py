@@ -19,7 +19,7 @@ from moestro.data.corpus import Corpus
 from moestro.data.packing import StreamWriter
 from moestro.data.progress import watched
 from moestro.data.sources import Document
-from moestro.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer
+from moestro.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer, vocabulary_size
 
 LAYOUT = 2  # raise when what is written to the cache, or how it is computed, changes
 TOKENIZER_TEXT = 16 * 1024 * 1024  # characters of train text that a tokenizer is trained on
@@ -141,7 +141,7 @@ def _tokenise(
 ) -> None:
     """Write the tokens of `documents(start)`, going on after those that were written before a kill."""
     end_of_text = cast(int, tokenizer.eos_token_id)
-    writer = StreamWriter(folder, end_of_text=end_of_text, vocabulary=len(tokenizer))
+    writer = StreamWriter(folder, end_of_text=end_of_text, vocabulary=vocabulary_size(tokenizer))
     remaining = watched(documents(writer.documents), "tokenising documents", total=total - writer.documents)
     for batch in _batches(remaining):
         for document, tokens in zip(batch, encode(tokenizer, [document.text for document in batch]), strict=True):

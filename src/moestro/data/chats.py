@@ -2,7 +2,11 @@
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from moestro.gate.loading import one_misuse
 
 Message: TypeAlias = Mapping[str, Any]
 """What chat templates take: `role`, `content`, and what else the row has, such as `tool_calls`."""
@@ -40,6 +44,16 @@ def messages_of(columns: Sequence[str], values: Sequence[object]) -> tuple[Messa
 def plain(messages: Sequence[Message]) -> str:
     """Return a chat as text for tokenizers without a chat template: `role: content`, a blank line between messages."""
     return "\n\n".join(f"{message['role']}: {_words(message)}" for message in messages)
+
+
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], source: str) -> str:
+    """Return a chat in the tokenizer's chat template.
+
+    Raises:
+        Misuse: the template refuses it, as some do if roles do not take turns; `source` names the row.
+    """
+    with one_misuse(f"{source} must fit the tokenizer's chat template"):
+        return cast(str, tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
 
 
 def _is_message(value: object) -> bool:

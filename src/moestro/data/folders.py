@@ -88,7 +88,7 @@ def find_files(spec: str, place: str, label: str | None, left_out: LeftOut) -> l
         found = list(_walk(path, label, left_out, seen))
     elif path.exists():
         raise Misuse(f"{spec} must be a file, a folder or a glob, got a device or a pipe")
-    elif has_magic(place) and (matches := sorted(set(_expand(str(path))))):
+    elif has_magic(place) and (matches := sorted(set(expand(str(path))))):
         found = list(_matches(list(map(Path, matches)), place, label, left_out, seen))
     else:
         raise Misuse(f"{spec} does not exist: no file, folder or glob match of that name")
@@ -96,7 +96,7 @@ def find_files(spec: str, place: str, label: str | None, left_out: LeftOut) -> l
     return found
 
 
-def _expand(pattern: str) -> Iterator[str]:
+def expand(pattern: str) -> Iterator[str]:
     """Yield what a pattern matches; `**` enters each real folder once, where `glob` runs through loops of links."""
     parts = Path(pattern).parts
     if "**" not in parts:
@@ -108,7 +108,7 @@ def _expand(pattern: str) -> Iterator[str]:
     for base in glob(str(Path(*parts[:place]))) if place else ["."]:
         for parent, files in _folders(Path(base), seen):
             if rest:
-                yield from _expand(str(Path(escape(str(parent)), *rest)))
+                yield from expand(str(Path(escape(str(parent)), *rest)))
             else:
                 yield from (str(parent / name) for name in files if not name.startswith("."))
 

@@ -3,10 +3,10 @@
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from glob import glob
 from pathlib import Path
 
 from moestro.data import standard_library
+from moestro.data.folders import expand
 from moestro.data.sources import parse_source
 
 
@@ -31,7 +31,7 @@ def inventory(sources: Sequence[str], *options: object) -> str | None:
 def _files(place: str) -> Iterator[Path]:
     """Yield the files of a file's, folder's or glob's name; nothing where there is none."""
     path = Path(place).expanduser()
-    for match in [path] if path.exists() else sorted(map(Path, glob(str(path), recursive=True))):
+    for match in [path] if path.exists() else sorted(map(Path, set(expand(str(path))))):
         if match.is_dir():
             yield from _below(match)
         elif match.exists():

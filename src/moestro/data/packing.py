@@ -33,6 +33,7 @@ class StreamWriter:
     def __init__(self, folder: Path, *, end_of_text: int, vocabulary: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._end = end_of_text
+        self._vocabulary = vocabulary
         self._state = folder / _WRITTEN
         tokens = np.uint16 if vocabulary <= 2**16 else np.uint32
         written = json.loads(self._state.read_text()) if self._state.exists() else {"documents": 0, "tokens": 0}
@@ -42,7 +43,9 @@ class StreamWriter:
         self._new: list[tuple[Integer[np.ndarray, " _tokens"], int, int]] = []
 
     def append(self, tokens: Integer[np.ndarray, " _tokens"], domain: int, num_bytes: int) -> None:
-        """Add a document."""
+        """Add a document; ids must be below the vocabulary that the writer was made for."""
+        if len(tokens) and int(tokens.max()) >= self._vocabulary:
+            raise ValueError(f"ids must be below the vocabulary of {self._vocabulary}, got {int(tokens.max())}")
         self._new.append((tokens, domain, num_bytes))
 
     def flush(self) -> None:

@@ -20,7 +20,7 @@ from moestro.data.corpus import HELD_OUT_FRACTION, MAX_HELD_OUT_BYTES, check_lim
 from moestro.data.decontamination import overlap_notes
 from moestro.data.inventory import inventory
 from moestro.data.packing import PackedRows
-from moestro.data.tokenizer import load_tokenizer
+from moestro.data.tokenizer import load_tokenizer, vocabulary_size
 from moestro.errors import Misuse
 
 logger = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _describe(
         "duplicates_dropped": facts["duplicates"],
         "tokenizer": {
             "name": asked if isinstance(asked, str) else "byte-level BPE trained on the train text",
-            "vocabulary": len(tokenizer),
+            "vocabulary": vocabulary_size(tokenizer),
             "end_of_text": tokenizer.eos_token,
         },
     }

@@ -20,6 +20,7 @@ from moestro.adapters.wrappers import inner_model
 from moestro.comparison import HeldOut, LayerStatistics
 from moestro.data.packing import PackedRows
 from moestro.data.progress import watched
+from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Misuse, TrainingFailed
 from moestro.evaluation import Evaluation, add_losses, collate, composed_figures, held_out, layer_statistics
 from moestro.inspection.checkpoints import Checkpoint, load, tokenizer_of
@@ -157,7 +158,7 @@ def measure(
     prediction = held_out(evaluation, text.document_bytes, text.document_domain, text.domains)
     return Measured(
         finding=finding,
-        tokenizer=f"{conditions.tokenizer or 'its own'}, {len(tokenizer):,} tokens",
+        tokenizer=f"{conditions.tokenizer or 'its own'}, {vocabulary_size(tokenizer):,} tokens",
         tokens=int(evaluation.tokens.sum()),
         prediction=prediction,
         layers=layer_statistics(model, meter, text.domains, composition(model, rows, conditions)),
@@ -195,9 +196,9 @@ def check_head(model: nn.Module, checkpoint: Checkpoint, tokenizer: PreTrainedTo
     if head is None or "decoder_input_ids" in inspect.signature(type(inner).forward).parameters:
         raise Misuse(f"{checkpoint.spec}: {type(inner).__name__} does not predict the next token of a text")
     vocabulary = inner.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > vocabulary:
+    if (needed := vocabulary_size(tokenizer)) > vocabulary:
         raise Misuse(
-            f"the tokenizer must fit the {vocabulary:,} tokens of {checkpoint.spec}, got one of {len(tokenizer):,}: "
+            f"the tokenizer must fit the {vocabulary:,} tokens of {checkpoint.spec}, got one of {needed:,}: "
             "name its own with --tokenizer"
         )
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Integer
 from transformers import PreTrainedTokenizerBase
 
+from moestro.data.chats import rendered
 from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.packing import PackedRows, write_stream
 from moestro.data.progress import watched
 from moestro.data.sources import Document, read_source
-from moestro.data.tokenizer import check_tokenizer, encode
+from moestro.data.tokenizer import check_tokenizer, encode, vocabulary_size
 from moestro.errors import Misuse
 
 DEFAULT_MAX_BYTES = MAX_HELD_OUT_BYTES
@@ -76,10 +78,22 @@ def within(limit: int, documents: Iterable[Document]) -> tuple[list[Document], i
         part = whole[:room].decode(errors="ignore")
         size = len(part.encode())
         if part.strip():
-            kept.append(document if size == len(whole) else replace(document, text=part))
+            kept.append(document if size == len(whole) else replace(document, text=part, chat=()))
         room = room - size if size == len(whole) else 0
         left_out += len(whole) - size
     return kept, left_out
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
+) -> Iterator[Integer[np.ndarray, " tokens"]]:
+    """Yield each document's token ids; chats in the tokenizer's template, or in their plain form if it has none."""
+    templated = tokenizer.chat_template is not None
+    chats = [rendered(tokenizer, d.chat, d.source) for d in documents if d.chat and templated]
+    others = [d.text for d in documents if not (d.chat and templated)]
+    ids = encode(tokenizer, others), encode(tokenizer, chats, special_tokens=True)
+    for document in documents:
+        yield next(ids[bool(document.chat and templated)])
 
 
 @contextmanager
@@ -92,7 +106,7 @@ def packed(
     """
     texts = [document.text for document in text.documents]
     check_tokenizer(tokenizer, texts)
-    tokens = list(watched(encode(tokenizer, texts), "tokenising documents", total=len(texts)))
+    tokens = list(watched(_encode(tokenizer, text.documents), "tokenising documents", total=len(texts)))
     total = sum(map(len, tokens)) + len(tokens) + 1
     length = min(longest, total) if sequence_length is None else sequence_length
     if length > total:
@@ -102,7 +116,7 @@ def packed(
             Path(folder) / "text",
             tokens,
             end_of_text=int(tokenizer.eos_token_id),  # type: ignore[arg-type]  # load_tokenizer saw to it
-            vocabulary=len(tokenizer),
+            vocabulary=vocabulary_size(tokenizer),
             domain=text.document_domain.tolist(),
             num_bytes=text.document_bytes.tolist(),
         )

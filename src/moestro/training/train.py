@@ -14,6 +14,7 @@ from transformers import PrinterCallback, TrainingArguments, default_data_collat
 from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.comparison import Run
 from moestro.data.preparation import PreparedData
+from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Misuse
 from moestro.evaluation import held_out
 from moestro.models import PADDED_MM, MoestroForCausalLM
@@ -135,10 +136,9 @@ def train_on(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, con
 
 def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCausalLM:
     """The recipe's model with its initial weights."""
-    if len(data.tokenizer) > recipe.model.vocab_size:
-        raise Misuse(
-            f"vocab_size must hold the tokenizer's {len(data.tokenizer)} tokens, got {recipe.model.vocab_size}"
-        )
+    vocabulary = vocabulary_size(data.tokenizer)
+    if vocabulary > recipe.model.vocab_size:
+        raise Misuse(f"vocab_size must hold the tokenizer's {vocabulary} tokens, got {recipe.model.vocab_size}")
     end_of_text = data.tokenizer.eos_token_id
     assert isinstance(end_of_text, int)
     model = MoestroForCausalLM(recipe.model.config(recipe.training.sequence_length, end_of_text))
