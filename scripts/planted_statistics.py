@@ -47,6 +47,27 @@ BUGS = [
         "test_verdicts",
     ),
     Bug(
+        "comparisons: a recipe that failed is judged by the seeds that are left",
+        "statistics.py",
+        "if failed or deviation is None or",
+        "if deviation is None or",
+        "test_report_failed",
+    ),
+    Bug(
+        "comparisons: losses paired by place, not by seed",
+        "report/curves.py",
+        "_minus(curve, first[run.seed])",
+        "_minus(curve, next(iter(first.values())))",
+        "test_report_failed",
+    ),
+    Bug(
+        "comparisons: a run that fails ends all",
+        "compare.py",
+        "return FailedRun(seed=seed, reason=str(error), step=error.step if isinstance(error, Diverged) else None)",
+        "raise",
+        "test_failed_runs",
+    ),
+    Bug(
         "verdicts: equivalence at twice the level",
         "statistics.py",
         'alternative="greater").pvalue',

@@ -12,6 +12,7 @@ from moestro.comparison import (
     CurvePoint,
     Data,
     DomainLoss,
+    FailedRun,
     HeldOut,
     LayerStatistics,
     RecipeResult,
@@ -278,3 +279,27 @@ def _bootstrap(mean: float):
     first = tokens * own.normal(loc=4.1, scale=0.6, size=412)
     recipe = first + tokens * own.normal(loc=mean, scale=0.03, size=412)
     return document_bootstrap(recipe, first, tokens, resamples=499)
+
+
+def failing(comparison: Comparison, seeds: dict[str, tuple[int, ...]]) -> Comparison:
+    """The same where recipes diverged with some seeds; hostile text among the reasons."""
+
+    def result(recipe: RecipeResult) -> RecipeResult:
+        failed = seeds.get(recipe.name, ())
+        lost = tuple(
+            FailedRun(seed=seed, step=1_200 + seed if seed else None, reason=f"the loss is nan {HOSTILE[0]}\x1b[31m")
+            for seed in failed
+        )
+        return replace(recipe, runs=tuple(run for run in recipe.runs if run.seed not in failed), failed=lost)
+
+    recipes = [result(recipe) for recipe in comparison.recipes]
+    losses = [
+        [next((run.held_out.loss for run in recipe.runs if run.seed == seed), None) for seed in comparison.seeds]
+        for recipe in recipes
+    ]
+    differences = (None, *compare_with_first(losses))
+    judged = tuple(
+        replace(recipe, difference=found, document_bootstrap=recipe.document_bootstrap if found else None)
+        for recipe, found in zip(recipes, differences, strict=True)
+    )
+    return replace(comparison, recipes=judged)

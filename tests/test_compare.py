@@ -9,8 +9,9 @@ import pytest
 from command_line import SMALL, moestro, sources, write_corpus
 from comparison_fixture import make_comparison
 from moestro import Misuse
-from moestro.compare import budget, plan, run_folder
+from moestro.compare import budget
 from moestro.comparison import Comparison, CurvePoint, RecipeResult
+from moestro.planning import plan, run_folder
 from moestro.records import read_record
 from moestro.sweep import Grid, at_rate
 from moestro.training.recipes import recipe

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from moestro import Dense, Misuse, MoE
-from moestro.compare import TOLERANCE
 from moestro.models.counting import Count, count_parameters
+from moestro.planning import TOLERANCE
 from moestro.training.methods import METHODS
 from moestro.training.recipe import Recipe
 from moestro.training.recipes import RECIPES, VARIANTS, recipe

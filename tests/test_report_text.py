@@ -188,7 +188,8 @@ def _found(**changes) -> Difference:
     ],
 )
 def test_the_reason_of_a_verdict(found, why):
-    said = sentences.reason(make_comparison(), found)
+    comparison = make_comparison()
+    said = sentences.reason(comparison, replace(comparison.recipes[1], difference=found))
     assert said.startswith(why)
     assert bool(said) == bool(why)
 

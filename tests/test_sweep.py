@@ -10,12 +10,14 @@ from rich.console import Console
 from command_line import SMALL, moestro, sources, write_corpus
 from comparison_fixture import make_comparison
 from moestro import Misuse, listing
-from moestro.compare import plan, run_folder, screened, with_one_dtype
-from moestro.comparison import Comparison, Run, Screened
-from moestro.errors import TrainingFailed
+from moestro.compare import screened, with_one_dtype
+from moestro.comparison import Comparison, FailedRun, Run, Screened
+from moestro.errors import Diverged, TrainingFailed
+from moestro.planning import plan, run_folder
 from moestro.records import read_record
-from moestro.sweep import FAILED, Grid, best, noted_failure, sweep
+from moestro.sweep import Grid, best, sweep
 from moestro.training import train as training
+from moestro.training.failures import FAILED, noted_divergence
 from moestro.training.recipe import Recipe
 from moestro.training.recipes import recipe
 from moestro.training.train import Interrupted
@@ -55,7 +57,7 @@ def test_every_recipe_is_chosen_at_its_own_best():
 
 def test_of_equal_rates_the_lower_one():
     tied = [Screened(learning_rate=rate, loss=4.0) for rate in (4e-3, 1e-3, 2e-3)]
-    assert best("smoe", tied) == best("smoe", tied[::-1]) == 1e-3
+    assert best(tied) == best(tied[::-1]) == 1e-3
 
 
 def test_a_rate_at_which_training_fails_is_an_answer():
@@ -69,9 +71,17 @@ def test_a_rate_at_which_training_fails_is_an_answer():
     assert [result.loss for result in found.screened["smoe"]] == [None, 9.0, None]
 
 
-def test_failing_at_every_rate_is_a_failure():
-    with pytest.raises(TrainingFailed, match="smoe failed at every learning rate of the sweep: add lower ones"):
-        best("smoe", [Screened(learning_rate=1.0, loss=None)])
+def test_a_recipe_that_fails_at_every_rate_has_no_best():
+    assert best([Screened(learning_rate=1.0, loss=None)]) is None
+
+    def run(recipe: Recipe, seed: int) -> Run:
+        if recipe.name == "smoe":
+            raise Diverged("the loss is nan at step 3", step=3)
+        return finished(9.0)
+
+    found = sweep(RECIPES, GRID, run)
+    assert found.chosen == {"cartesian": 1e-3}
+    assert [result.loss for result in found.screened["smoe"]] == [None, None, None]
 
 
 def test_an_interruption_is_no_answer():
@@ -82,13 +92,14 @@ def test_an_interruption_is_no_answer():
         sweep(RECIPES, GRID, run)
 
 
-def test_a_failure_is_noted_and_not_tried_again(tmp_path: Path):
-    with pytest.raises(TrainingFailed, match=r"^nan$"), noted_failure(tmp_path):
-        raise TrainingFailed("nan")
+def test_a_divergence_is_noted_and_not_tried_again(tmp_path: Path):
+    with pytest.raises(Diverged, match=r"^nan$"), noted_divergence(tmp_path, 7):
+        raise Diverged("nan", step=3)
+    assert read_record(FailedRun, tmp_path / FAILED) == FailedRun(seed=7, reason="nan", step=3)
     tried = []
-    with pytest.raises(TrainingFailed, match="failed before: nan"), noted_failure(tmp_path):
+    with pytest.raises(Diverged, match="failed before: nan") as known, noted_divergence(tmp_path, 7):
         tried.append(1)
-    assert tried == []
+    assert (tried, known.value.step) == ([], 3)
 
 
 def test_seeds_of_the_comparison_are_kept_and_without_any_it_is_the_screening():

@@ -158,7 +158,7 @@ def test_the_margin_decides_what_is_equivalent():
 
 @pytest.mark.parametrize("margin", [0.0, -0.1, float("nan"), float("inf")])
 def test_a_margin_is_above_zero_and_finite(margin):
-    with pytest.raises(Misuse, match="margin must be above 0 and finite"):
+    with pytest.raises(Misuse, match="margin must be"):
         compare_with_first([[1.0], [2.0]], margin=margin)
 
 

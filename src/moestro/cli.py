@@ -14,7 +14,6 @@ from rich.console import Console
 
 from moestro.adapters.ranks import rank
 from moestro.compare import compare as compare_runs
-from moestro.compare import plan as plan_comparison
 from moestro.errors import Misuse, TrainingFailed
 from moestro.flags import DataFlags, RecipeFlags, RunFlags, SweepFlags
 from moestro.gate.loading import load_model
@@ -26,8 +25,10 @@ from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
 from moestro.listing import print_costs, print_plan, print_recipes
 from moestro.models import MoestroForCausalLM
 from moestro.models.siblings import export_stock
+from moestro.planning import plan as plan_comparison
 from moestro.report.printing import Visible, say
 from moestro.report.routing_terminal import print_finding, print_study
+from moestro.report.sentences import failures
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
 from moestro.statistics import MARGIN
@@ -137,6 +138,8 @@ def compare(
     print_comparison(comparison, Console())
     print()
     say(f"report: {folder / 'report.html'}")
+    if failed := failures(comparison):
+        raise TrainingFailed(failed)
 
 
 def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RECIPE_FLAGS) -> None:

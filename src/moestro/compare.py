@@ -1,29 +1,28 @@
 """`compare`: train recipes on an equal budget, paired by seed, and say what is more than noise."""
 
 import datetime
-import shlex
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 
 import moestro
-from moestro.comparison import Budget, Comparison, Data, RecipeResult, Run, Sweep
+from moestro.comparison import Budget, Comparison, Data, FailedRun, RecipeResult, Run, Sweep
 from moestro.data.decontamination import overlap_notes
 from moestro.data.preparation import PreparedData
-from moestro.errors import Misuse, TrainingFailed
+from moestro.errors import Diverged, TrainingFailed
 from moestro.models.counting import count_parameters
+from moestro.planning import Plan, recipe_folder, run_folder
 from moestro.records import write_record
 from moestro.report import write_report
-from moestro.statistics import MARGIN, DocumentBootstrap, check_margin, compare_with_first, document_bootstrap
-from moestro.sweep import Grid, at_rate, noted_failure, sweep, with_chosen
+from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
+from moestro.sweep import Grid, at_rate, sweep, with_chosen
 from moestro.training.environment import environment
+from moestro.training.failures import noted_divergence
 from moestro.training.finish import read_losses
 from moestro.training.owner import owned
 from moestro.training.ranks import join, on_first_rank
@@ -31,105 +30,11 @@ from moestro.training.recipe import Recipe
 from moestro.training.runs import RUN, describe_run, open_run
 from moestro.training.train import Options, only_on_first_rank, recorded_dtype, resolve_dtype, train
 
-TOLERANCE = 0.02
-"""Parameters count as equal within this share: routers and norms differ a little between architectures."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What will be compared, settled before anything is trained."""
-
-    recipes: tuple[Recipe, ...]
-    seeds: tuple[int, ...]
-    match: Literal["tokens", "flops"]
-    differences: tuple[str, ...]
-    """What is not equal although it should be; empty unless the user allowed it."""
-    command: str
-    grid: Grid | None = None
-    """What chooses each recipe's learning rate first; None: the recipes say them."""
-    margin: float = MARGIN
-    """Nats per token: smaller differences are not worth having."""
-
-
-def plan(
-    recipes: Sequence[Recipe],
-    *,
-    seeds: Sequence[int],
-    match: Literal["tokens", "flops"] = "tokens",
-    allow_unequal: bool = False,
-    command: Sequence[str] = (),
-    grid: Grid | None = None,
-    margin: float = MARGIN,
-) -> Plan:
-    """Match the budgets, and refuse with the number that differs what would not be a fair comparison."""
-    check(recipes, seeds, match, grid)
-    if match == "flops":
-        recipes = [with_flops_of(recipes[0], recipe) for recipe in recipes]
-    differences = tuple(unequal(recipes, match))
-    if differences and not allow_unequal:
-        raise Misuse(f"budgets must be equal: {differences[0]}; change the recipe, or say --allow-unequal")
-    return Plan(
-        recipes=tuple(recipes),
-        seeds=tuple(seeds),
-        match=match,
-        differences=differences,
-        command=shlex.join(command),
-        grid=grid,
-        margin=check_margin(margin),
-    )
-
-
-def check(recipes: Sequence[Recipe], seeds: Sequence[int], match: str, grid: Grid | None) -> None:
-    """Raise Misuse unless these can be compared at all."""
-    names = [recipe.name for recipe in recipes]
-    if not recipes:
-        raise Misuse("compare needs at least one recipe")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise Misuse(f"every recipe must be named once, got {twice!r} {names.count(twice)} times")
-    if not seeds and grid is None:
-        raise Misuse("seeds must be at least 1 (or 0 beside --sweep: the screening alone), got 0")
-    if negative := [seed for seed in (*seeds, *([grid.seed] if grid else ())) if seed < 0]:
-        raise Misuse(f"a seed must be at least 0, got {negative[0]}")
-    if grid is not None:
-        grid.validate(recipes, seeds, match)
-
-
-def with_flops_of(first: Recipe, recipe: Recipe) -> Recipe:
-    """The recipe with as many tokens as cost the first one's training FLOPs."""
-    budget = first.training.tokens * first.training_flops()
-    tokens = round(budget / recipe.training_flops())
-    return replace(recipe, training=replace(recipe.training, tokens=tokens)).validate()
-
-
-def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
-    """One sentence for each number that must be equal and is not.
-
-    Active parameters must agree between all recipes; total ones between those with experts (a dense model has no idle
-    parameters to add).
-    """
-    counts = {r.name: count_parameters(r.model.config(r.training.sequence_length)) for r in recipes}
-    sparse = {name: count for name, count in counts.items() if count.total != count.active}
-    quantities: list[tuple[str, dict[str, float], float]] = [
-        ("active parameters", {name: count.active for name, count in counts.items()}, TOLERANCE),
-        ("total parameters of the recipes with experts", {n: count.total for n, count in sparse.items()}, TOLERANCE),
-    ]
-    fields = ["batch_tokens", "sequence_length"] + (["tokens"] if match == "tokens" else [])
-    quantities += [(name, {r.name: getattr(r.training, name) for r in recipes}, 0.0) for name in fields]
-    quantities.append(("vocab_size", {r.name: r.model.vocab_size for r in recipes}, 0.0))
-    sentences = []
-    for what, values, tolerance in quantities:
-        if values and max(values.values()) > min(values.values()) * (1 + tolerance):
-            low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-            sentences.append(f"{what} differ: {low} has {values[low]:,}, {high} has {values[high]:,}")
-    dtypes = {r.training.dtype for r in recipes}
-    if len(dtypes) > 1:
-        sentences.append(f"dtype differs: {', '.join(f'{r.name} has {r.training.dtype}' for r in recipes)}")
-    return sentences
-
 
 def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
     """Train what is not trained yet, and write `comparison.json` and `report.html`.
+
+    A run that fails does not end the comparison: the others go on, and the record says which failed and why.
 
     Of several ranks the first one decides and writes; all return the same comparison. Raises Misuse if another process
     works in the folder.
@@ -150,10 +55,10 @@ def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
         if not the_plan.seeds:  # the screening runs are read once more, and all was said of them
             run = partial(run, console=Console(quiet=True))
         the_plan = screened(the_plan, the_plan.grid, found)
-    runs: dict[str, list[Run]] = {recipe.name: [] for recipe in the_plan.recipes}
+    runs: dict[str, list[Run | FailedRun]] = {recipe.name: [] for recipe in the_plan.recipes}
     for seed in the_plan.seeds:
         for recipe in the_plan.recipes:
-            runs[recipe.name].append(run(recipe, seed))
+            runs[recipe.name].append(run_or_failure(recipe, seed, run, found))
 
     def write() -> Comparison:
         comparison = replace(assemble(the_plan, runs, data, folder), sweep=found)
@@ -162,6 +67,18 @@ def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
         return comparison
 
     return on_first_rank(write)
+
+
+def run_or_failure(
+    recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run], found: Sweep | None
+) -> Run | FailedRun:
+    """Return one run of the comparison, or why there is none."""
+    if found is not None and recipe.name not in found.chosen:
+        return FailedRun(seed=seed, reason="every learning rate of the sweep failed")
+    try:
+        return run(recipe, seed)
+    except TrainingFailed as error:
+        return FailedRun(seed=seed, reason=str(error), step=error.step if isinstance(error, Diverged) else None)
 
 
 def train_or_read(
@@ -174,21 +91,20 @@ def train_or_read(
     console: Console,
     options: Options,
 ) -> Run:
-    """One run of the comparison, and a line about it."""
+    """One run of the comparison, and a line about it; also where it fails."""
     where = run_folder(folder, recipe, seed, the_plan)
     rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
-    screening = the_plan.grid is not None and seed == the_plan.grid.seed
+    name = f"{recipe.name} seed {seed}{rate}"
     # Before a failure is read there: it must be this run's.
     on_first_rank(lambda: open_run(where, describe_run(recipe, data, seed)))
     try:
-        with noted_failure(where) if screening else nullcontext():
+        with noted_divergence(where, seed):
             run = train(recipe, data, where, seed=seed, console=console, options=options)
-    except TrainingFailed as error:
-        if screening:  # which goes on
-            console.print(f"{recipe.name} seed {seed}{rate}: {error}", markup=False)
+    except (TrainingFailed, OSError) as error:
+        console.print(f"{name}: {error}", markup=False)
         raise
-    loss, speed = run.held_out.loss, run.tokens_per_second or 0
-    console.print(f"{recipe.name} seed {seed}{rate}: held-out loss {loss:.4f}, {speed:,.0f} tokens/s", markup=False)
+    speed = run.tokens_per_second or 0
+    console.print(f"{name}: held-out loss {run.held_out.loss:.4f}, {speed:,.0f} tokens/s", markup=False)
     return run
 
 
@@ -214,27 +130,14 @@ def screened(the_plan: Plan, grid: Grid, found: Sweep) -> Plan:
     return replace(the_plan, recipes=tuple(recipes), seeds=(grid.seed,))
 
 
-def run_folder(folder: Path, recipe: Recipe, seed: int, the_plan: Plan) -> Path:
-    """Where a run of the comparison lives."""
-    t = recipe.training
-    swept = f"learning_rate={t.learning_rate:g},tokens={t.tokens}" if the_plan.grid else ""
-    return recipe_folder(folder, recipe) / swept / f"seed-{seed}"
-
-
-def recipe_folder(folder: Path, recipe: Recipe) -> Path:
-    """Where all runs of a recipe live."""
-    return folder / "".join(c if c.isalnum() or c in "+-=,._" else "_" for c in recipe.name)
-
-
-def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, folder: Path) -> Comparison:
+def assemble(the_plan: Plan, runs: dict[str, list[Run | FailedRun]], data: PreparedData, folder: Path) -> Comparison:
     """The comparison's record from its runs."""
     recipes = the_plan.recipes
-    losses = [[run.held_out.loss for run in runs[recipe.name]] for recipe in recipes]
+    losses = [[run.held_out.loss if isinstance(run, Run) else None for run in runs[r.name]] for r in recipes]
     differences = [None, *(compare_with_first(losses, margin=the_plan.margin) if len(recipes) > 1 else ())]
     results = []
     for recipe, difference in zip(recipes, differences, strict=True):
-        config = recipe.model.config(recipe.training.sequence_length)
-        count = count_parameters(config)
+        count = count_parameters(recipe.model.config(recipe.training.sequence_length))
         results.append(
             RecipeResult(
                 name=recipe.name,
@@ -243,11 +146,12 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run]], data: PreparedData, fol
                 active_parameters=count.active,
                 flops_per_token=float(recipe.training_flops()),
                 competes=recipe.compete is not None,
-                runs=tuple(runs[recipe.name]),
+                runs=tuple(run for run in runs[recipe.name] if isinstance(run, Run)),
+                failed=tuple(run for run in runs[recipe.name] if isinstance(run, FailedRun)),
                 difference=difference,
-                document_bootstrap=None if difference is None else bootstrap(folder, recipe, the_plan),  # pyright: ignore[reportGeneralTypeIssues]
             )
         )
+    results = [replace(r, document_bootstrap=bootstrap(folder, the_plan, results[0], r)) for r in results]
     return Comparison(
         version=moestro.__version__,
         created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -266,11 +170,14 @@ def budget(the_plan: Plan, results: Sequence[RecipeResult]) -> Budget:
     """What every recipe was given, by what its runs were really trained on."""
     training = the_plan.recipes[0].training
     differences = (*the_plan.differences, *unequally_trained(the_plan, results))
-    tokens = results[0].runs[0].trained_tokens
+    tokens, steps = training.steps * training.batch_tokens, training.steps
+    if results[0].runs:
+        trained = results[0].runs[0]
+        tokens, steps = tokens if trained.trained_tokens is None else trained.trained_tokens, trained.steps or steps
     return Budget(
         match=the_plan.match,
-        tokens=training.steps * training.batch_tokens if tokens is None else tokens,
-        steps=results[0].runs[0].steps or training.steps,
+        tokens=tokens,
+        steps=steps,
         batch_tokens=training.batch_tokens,
         sequence_length=training.sequence_length,
         dtype=training.dtype,
@@ -295,10 +202,13 @@ def unequally_trained(the_plan: Plan, results: Sequence[RecipeResult]) -> list[s
     return [f"runs differ in what they were trained on: {', '.join(said)}"]
 
 
-def bootstrap(folder: Path, recipe: Recipe, the_plan: Plan) -> DocumentBootstrap:
-    """Resample the held-out documents, losses averaged over seeds."""
-    arms = (recipe, the_plan.recipes[0])
-    pairs = [[read_losses(run_folder(folder, r, s, the_plan)) for s in the_plan.seeds] for r in arms]
+def bootstrap(folder: Path, the_plan: Plan, first: RecipeResult, result: RecipeResult) -> DocumentBootstrap | None:
+    """Resample the held-out documents, losses averaged over the seeds with which both recipes finished."""
+    if result.difference is None:
+        return None
+    both = {run.seed for run in first.runs} & {run.seed for run in result.runs}
+    arms = [recipe for name in (result.name, first.name) for recipe in the_plan.recipes if recipe.name == name]
+    pairs = [[read_losses(run_folder(folder, r, seed, the_plan)) for seed in sorted(both)] for r in arms]
     tokens = pairs[0][0][1]
     a, b = (np.mean([nll for nll, _ in runs], axis=0)[tokens > 0] for runs in pairs)
     return document_bootstrap(a, b, tokens[tokens > 0])

@@ -145,6 +145,16 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FailedRun:
+    """One recipe that could not be trained with one seed."""
+
+    seed: int
+    reason: str
+    step: int | None = None
+    """The step at which it diverged, from 1; None where it failed for another reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeResult:
     """All runs of one recipe, and what they say against the first recipe."""
 
@@ -157,8 +167,11 @@ class RecipeResult:
     competes: bool = False
     """Whether experts competed while it trained."""
     runs: tuple[Run, ...]
+    """Those that finished, in the order of the comparison's seeds."""
+    failed: tuple[FailedRun, ...] = ()
+    """Those that did not, in the same order."""
     difference: Difference | None = None
-    """To the first recipe; None for the first."""
+    """To the first recipe; None for the first, and where there is no seed with which both finished."""
     document_bootstrap: DocumentBootstrap | None = None
 
 
@@ -180,6 +193,7 @@ class Sweep:
     """Training tokens of each recipe's screening runs."""
     screened: dict[str, tuple[Screened, ...]]
     chosen: dict[str, float]
+    """Without the recipes that failed at every rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,10 +223,12 @@ class Comparison:
         if not self.recipes:
             raise Misuse("a comparison must hold at least one recipe")
         for recipe in self.recipes:
-            if tuple(run.seed for run in recipe.runs) != self.seeds or not self.seeds:
+            finished, failed = ([run.seed for run in runs] for runs in (recipe.runs, recipe.failed))
+            expected = [seed for seed in self.seeds if seed not in failed]
+            if not self.seeds or finished != expected or failed != [s for s in self.seeds if s not in finished]:
                 raise Misuse(
                     f"every recipe must have one run per seed {list(self.seeds)}, in that order; "
-                    f"{recipe.name} has {[run.seed for run in recipe.runs]}"
+                    f"{recipe.name} has {finished}" + (f", and failed with {failed}" if failed else "")
                 )
-            if self.sweep is not None and recipe.name not in self.sweep.chosen:
+            if self.sweep is not None and recipe.name not in self.sweep.chosen and recipe.runs:
                 raise Misuse(f"a sweep must hold every recipe of its comparison, and lacks {recipe.name}")

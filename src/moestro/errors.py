@@ -7,3 +7,14 @@ class Misuse(ValueError):
 
 class TrainingFailed(RuntimeError):
     """Work that began properly could not go on: one line that says where it stopped and what is safe (exit 1)."""
+
+
+class Diverged(TrainingFailed):
+    """Training came to numbers that are not finite. It would do so again, so a comparison does not try again.
+
+    `step` is the step at which it was seen, counted from 1.
+    """
+
+    def __init__(self, message: str, *, step: int | None = None):  # by keyword: ranks send errors to each other
+        super().__init__(message)
+        self.step = step

@@ -7,7 +7,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from moestro.compare import Plan
+from moestro.planning import Plan
 from moestro.report.numbers import metric
 from moestro.report.printing import line, text
 from moestro.sweep import at_rate

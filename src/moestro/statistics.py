@@ -10,7 +10,6 @@ never decides a verdict.
 Every endpoint here is a loss: lower is better, and a difference is the recipe minus the first recipe.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,9 +20,10 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import Positive, check
 from moestro.power import ALPHA, minimum_detectable_effect, minimum_margin
 
-Verdict = Literal["better", "worse", "equivalent", "not answered", "too few seeds to rank"]
+Verdict = Literal["better", "worse", "equivalent", "not answered", "too few seeds to rank", "failed"]
 
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
@@ -35,10 +35,11 @@ _LARGEST = 1e100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """A recipe's endpoint minus the first recipe's, paired by seed.
+    """A recipe's endpoint minus the first recipe's, paired by seed, over the seeds with which both finished.
 
-    `interval` and everything that tests give is None where there is no test: with fewer than three seeds, or where
-    every seed gave the same difference (then the seeds varied nothing, and their spread says nothing about noise).
+    `interval` and everything that tests give is None where there is no test: with fewer than three seeds; where every
+    seed gave the same difference (then the seeds varied nothing, and their spread says nothing about noise); and where
+    one of the recipe's own runs failed (what the others reached says nothing about a recipe that may fail).
     """
 
     by_seed: tuple[float, ...]
@@ -71,11 +72,15 @@ class DocumentBootstrap:
     seed: int
 
 
-def compare_with_first(endpoints: Sequence[Sequence[float]], *, margin: float = MARGIN) -> tuple[Difference, ...]:
+def compare_with_first(
+    endpoints: Sequence[Sequence[float | None]], *, margin: float = MARGIN
+) -> tuple[Difference | None, ...]:
     """Return the paired difference of every recipe but the first to the first, judged together.
 
+    A recipe has None in place of its difference if there is no seed with which both it and the first one finished.
+
     Args:
-        endpoints: per recipe, its endpoint for every seed, seeds in the same order.
+        endpoints: per recipe, its endpoint for every seed, seeds in the same order; None for a run that failed.
         margin: differences below it are not worth having; in the endpoints' unit.
 
     Raises:
@@ -83,10 +88,10 @@ def compare_with_first(endpoints: Sequence[Sequence[float]], *, margin: float = 
     """
     first, *others = endpoints
     alone = [_difference(values, first, check_margin(margin)) for values in others]
-    p = holm([d.p for d in alone if d.p is not None])
-    p_equivalence = holm([d.p_equivalence for d in alone if d.p_equivalence is not None])
+    p = holm([d.p for d in alone if d is not None and d.p is not None])
+    p_equivalence = holm([d.p_equivalence for d in alone if d is not None and d.p_equivalence is not None])
     adjusted = iter(zip(p, p_equivalence, strict=True))
-    return tuple(d if d.p is None else _adjusted(d, *next(adjusted), tested=len(p)) for d in alone)
+    return tuple(d if d is None or d.p is None else _adjusted(d, *next(adjusted), tested=len(p)) for d in alone)
 
 
 def paired_difference(recipe: Sequence[float], first: Sequence[float], *, margin: float = MARGIN) -> Difference:
@@ -96,18 +101,25 @@ def paired_difference(recipe: Sequence[float], first: Sequence[float], *, margin
         Misuse: the two differ in length, are empty, or hold a value that is not finite or beyond 1e100; the margin is
             not above 0 and finite.
     """
-    return compare_with_first([first, recipe], margin=margin)[0]
+    (found,) = compare_with_first([first, recipe], margin=margin)
+    assert found is not None  # no run failed
+    return found
 
 
 def check_margin(margin: float) -> float:
     """Return the margin; raise Misuse unless it is above 0 and finite."""
-    if not 0 < margin < math.inf:
-        raise Misuse(f"margin must be above 0 and finite (nats per token), got {margin:g}")
+    check("margin", margin, Positive)
     return margin
 
 
-def _difference(recipe: Sequence[float], first: Sequence[float], margin: float) -> Difference:
+def _difference(recipe: Sequence[float | None], first: Sequence[float | None], margin: float) -> Difference | None:
     """Return the difference with its tests, not yet adjusted for the number of recipes."""
+    failed = None in recipe
+    if len(recipe) == len(first):
+        both = [(x, y) for x, y in zip(recipe, first, strict=True) if x is not None and y is not None]
+        if recipe and not both:
+            return None
+        recipe, first = [x for x, _ in both], [y for _, y in both]
     a, b = np.asarray(recipe, dtype=np.float64), np.asarray(first, dtype=np.float64)
     _check_pairs(a, b)
     by_seed = a - b
@@ -120,10 +132,10 @@ def _difference(recipe: Sequence[float], first: Sequence[float], margin: float) 
         p=None,
         p_holm=None,
         minimum_detectable=None,
-        verdict="not answered" if len(by_seed) >= MIN_SEEDS else "too few seeds to rank",
+        verdict="failed" if failed else "not answered" if len(by_seed) >= MIN_SEEDS else "too few seeds to rank",
         margin=margin,
     )
-    if deviation is None or len(by_seed) < MIN_SEEDS or _is_rounding(deviation, a, b):
+    if failed or deviation is None or len(by_seed) < MIN_SEEDS or _is_rounding(deviation, a, b):
         return found
     test = stats.ttest_rel(a, b)
     low, high = test.confidence_interval(CONFIDENCE)

@@ -4,20 +4,13 @@ A comparison at one learning rate favours the recipe that it was tuned on. Scree
 choice of the rate out of the paired differences.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from moestro.comparison import Run, Screened, Sweep
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.ranges import Positive, Seed, Tokens, check_fields
-from moestro.records import write_atomically
-from moestro.training.ranks import on_first_rank
 from moestro.training.recipe import Recipe
-
-FAILED = "failed.txt"
-"""Why a screening run failed, in its folder."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +52,7 @@ def sweep(recipes: Sequence[Recipe], grid: Grid, run: Callable[[Recipe, int], Ru
         seed=grid.seed,
         tokens={r.name: t.steps * t.batch_tokens for r, t in zip(recipes, as_screened, strict=True)},
         screened=screened,
-        chosen={name: best(name, results) for name, results in screened.items()},
+        chosen={name: rate for name, results in screened.items() if (rate := best(results)) is not None},
     )
 
 
@@ -72,34 +65,19 @@ def screen(recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run]) -> Scre
         return Screened(learning_rate=rate, loss=None)
 
 
-@contextmanager
-def noted_failure(folder: Path) -> Iterator[None]:
-    """Note in a run's folder that it failed, and where it failed before do not try again: it would fail again."""
-    note = folder / FAILED
-    if (before := on_first_rank(lambda: note.read_text() if note.exists() else None)) is not None:
-        raise TrainingFailed(f"failed before: {before} (to try again, remove {folder})")
-    try:
-        yield
-    except TrainingFailed as error:
-        said = str(error)
-        on_first_rank(lambda: write_atomically(note, said))
-        raise
-
-
 def at_rate(recipe: Recipe, rate: float, grid: Grid) -> Recipe:
     """The recipe as it is screened."""
     tokens = grid.tokens or recipe.training.tokens
     return replace(recipe, training=replace(recipe.training, learning_rate=rate, tokens=tokens))
 
 
-def best(name: str, screened: Sequence[Screened]) -> float:
-    """The learning rate of the lowest held-out loss; the lower one of equals."""
+def best(screened: Sequence[Screened]) -> float | None:
+    """Return the learning rate of the lowest held-out loss, the lower one of equals; None if all of them failed."""
     losses = {result.learning_rate: result.loss for result in screened if result.loss is not None}
-    if not losses:
-        raise TrainingFailed(f"{name} failed at every learning rate of the sweep: add lower ones, or leave it out")
-    return min(sorted(losses), key=losses.__getitem__)
+    return min(sorted(losses), key=losses.__getitem__) if losses else None
 
 
 def with_chosen(recipes: Sequence[Recipe], chosen: Sweep) -> list[Recipe]:
-    """The recipes at the learning rates that the sweep chose."""
-    return [replace(r, training=replace(r.training, learning_rate=chosen.chosen[r.name])) for r in recipes]
+    """Return the recipes at the learning rates that the sweep chose; one that failed at all of them as it is."""
+    rates = {recipe.name: chosen.chosen.get(recipe.name, recipe.training.learning_rate) for recipe in recipes}
+    return [replace(r, training=replace(r.training, learning_rate=rates[r.name])) for r in recipes]

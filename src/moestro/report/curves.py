@@ -27,7 +27,11 @@ def learning_curves(comparison: Comparison) -> dict[str, Figure]:
     of it; a figure without points is left out."""
     held_out = [[_held_out(run.curve) for run in recipe.runs] for recipe in comparison.recipes]
     training = [[_thinned(_training(run.curve)) for run in recipe.runs] for recipe in comparison.recipes]
-    differences = [[_minus(a, b) for a, b in zip(runs, held_out[0], strict=True)] for runs in held_out[1:]]
+    first = {run.seed: curve for run, curve in zip(comparison.recipes[0].runs, held_out[0], strict=True)}
+    differences = [
+        [_minus(curve, first[run.seed]) for run, curve in zip(recipe.runs, curves, strict=True) if run.seed in first]
+        for recipe, curves in zip(comparison.recipes[1:], held_out[1:], strict=True)
+    ]
     figures = {
         "held-out": _figure(comparison.recipes, held_out, markers=True),
         "training": _figure(comparison.recipes, training, markers=False),

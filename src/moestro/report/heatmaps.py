@@ -33,7 +33,7 @@ def expert_figures(comparison: Comparison) -> dict[str, Any]:
     Dense recipes have none.
     """
     return {
-        f"{recipe_index}/{run_index}": {
+        f"{recipe_index}/{comparison.seeds.index(run.seed)}": {
             "load": load_figure(run.layers),
             "domains": [titled(f"layer {layer.label}", domain_figure(layer)) for layer in run.layers],
             "pairs": [
@@ -43,7 +43,7 @@ def expert_figures(comparison: Comparison) -> dict[str, Any]:
             ],
         }
         for recipe_index, recipe in enumerate(comparison.recipes)
-        for run_index, run in enumerate(recipe.runs)
+        for run in recipe.runs
         if run.layers
     }
 
@@ -78,8 +78,8 @@ def pair_figure(rows: tuple[tuple[float, ...], ...]) -> Figure:
 
 
 def moe_recipes(comparison: Comparison) -> list[tuple[int, str]]:
-    """Index and name of every recipe that has MoE layers."""
-    return [(i, recipe.name) for i, recipe in enumerate(comparison.recipes) if all(run.layers for run in recipe.runs)]
+    """Index and name of every recipe that has MoE layers and a finished run."""
+    return [(i, recipe.name) for i, recipe in enumerate(comparison.recipes) if any(run.layers for run in recipe.runs)]
 
 
 def heat_map(names: Sequence[str], loads: Sequence[tuple[float, ...]]) -> Figure:

@@ -39,18 +39,20 @@ def rate_table(comparison: Comparison) -> RateTable | None:
     names = [recipe.name for recipe in comparison.recipes]
     return RateTable(
         rates=tuple(f"{rate:g}" for rate in rates),
-        rows=tuple(_cells(found.screened[name], found.chosen[name], rates) for name in names),
+        rows=tuple(_cells(found.screened[name], found.chosen.get(name), rates) for name in names),
     )
 
 
 def rate_figure(comparison: Comparison) -> Figure | None:
-    """Loss against learning rate, a line per recipe, its best marked; None where there are not two rates."""
+    """Loss against learning rate, a line per recipe, its best marked; None without two rates, or where all failed."""
     found = comparison.sweep
     if found is None or len(rates := all_rates(found)) < 2:
         return None
     layout, data, shown = _layout(rates), [], []
     for index, recipe in enumerate(comparison.recipes):
-        best, points = found.chosen[recipe.name], _finished(found.screened[recipe.name])
+        if (best := found.chosen.get(recipe.name)) is None:
+            continue
+        points = _finished(found.screened[recipe.name])
         for trace in traces(recipe.name, index, [points], markers=True):
             sizes = [_BEST_SIZE if rate == best else _SIZE for rate, _ in points]
             trace["marker"] |= {"size": sizes, "opacity": 1, "line": {"width": 0}}
@@ -58,7 +60,7 @@ def rate_figure(comparison: Comparison) -> Figure | None:
         at = [rate for rate, _ in points].index(best)
         shown += [loss for _, loss in points[max(0, at - 1) : at + 2]]
     layout["yaxis"]["range"] = padded(shown)
-    return {"data": data, "layout": layout}
+    return {"data": data, "layout": layout} if data else None
 
 
 def all_rates(found: Sweep) -> list[float]:
@@ -84,13 +86,13 @@ def _finished(results: Sequence[Screened]) -> Curve:
     return sorted((result.learning_rate, result.loss) for result in results if result.loss is not None)
 
 
-def _cells(results: Sequence[Screened], best: float, rates: Sequence[float]) -> tuple[RateCell, ...]:
+def _cells(results: Sequence[Screened], best: float | None, rates: Sequence[float]) -> tuple[RateCell, ...]:
     losses = {result.learning_rate: result.loss for result in results}
     return tuple(_cell(losses, best, rate) for rate in rates)
 
 
-def _cell(losses: dict[float, float | None], best: float, rate: float) -> RateCell:
-    loss, least = losses.get(rate), losses[best]
+def _cell(losses: dict[float, float | None], best: float | None, rate: float) -> RateCell:
+    loss, least = losses.get(rate), None if best is None else losses[best]
     if loss is None or least is None:
         return RateCell(loss=FAILED if rate in losses else ABSENT, difference="", best=False)
     return RateCell(loss=fixed(loss), difference="" if rate == best else signed(loss - least), best=rate == best)

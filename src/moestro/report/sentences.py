@@ -10,18 +10,29 @@ from moestro.statistics import MIN_SEEDS, Difference, Verdict
 def headline(comparison: Comparison) -> str:
     """The plain answer."""
     first, *others = comparison.recipes
+    failed, sound = [r.name for r in others if r.failed], [r for r in others if not r.failed]
+    if not any(result.runs for result in comparison.recipes):
+        return "Every run failed"
+    if not first.runs:
+        return f"{first.name} failed with every seed: there is nothing to compare with"
     if not others:
         loss = mean([run.held_out.loss for run in first.runs])
         return f"{first.name} reaches {fixed(loss)} nats per token on held-out text"
-    seeds = len(comparison.seeds)
+    if not sound:
+        return f"{_listed(failed)} failed: there is nothing to compare with {first.name}"
+    return _answer(first, sound, decimals_of(comparison)) + (f"; {_listed(failed)} failed" if failed else "")
+
+
+def _answer(first: RecipeResult, others: list[RecipeResult], decimals: int) -> str:
+    """How recipes of which no run failed stand to the first."""
+    seeds = max((len(result.difference.by_seed) for result in others if result.difference), default=0)
     if seeds < MIN_SEEDS:
         return f"Too few seeds to rank: {seeds} of the {MIN_SEEDS} that it takes"
     better = _with_verdict(others, "better")
     worse = [result.name for result in _with_verdict(others, "worse")]
     if len(better) == 1 and (found := better[0].difference):
-        size = fixed(-found.mean, decimals_of(comparison))
         little = f", less than the margin of {found.margin:g}" if found.within_margin else ""
-        return f"{better[0].name} beats {first.name} by {size} nats per token{little}"
+        return f"{better[0].name} beats {first.name} by {fixed(-found.mean, decimals)} nats per token{little}"
     if better:
         return f"{_listed([result.name for result in better])} beat {first.name} on held-out text"
     if len(worse) == len(others):
@@ -33,6 +44,30 @@ def headline(comparison: Comparison) -> str:
         names = _listed([result.name for result in equivalent])
         return f"{names} and {first.name} are equivalent: they differ by less than {found.margin:g} nats per token"
     return f"No difference from {first.name} stands out of the noise of {seeds} seeds"
+
+
+def verdict(comparison: Comparison, result: RecipeResult) -> Verdict | None:
+    """The verdict on a recipe; None for a first one that did not fail."""
+    if result.failed:
+        return "failed"
+    if result is comparison.recipes[0]:
+        return None
+    return result.difference.verdict if result.difference else "not answered"
+
+
+def failed(result: RecipeResult) -> list[str]:
+    """Which runs of a recipe failed, and when."""
+    how = ["failed" if run.step is None else f"diverged at step {run.step:,}" for run in result.failed]
+    return [f"seed {run.seed} {what}" for run, what in zip(result.failed, how, strict=True)]
+
+
+def failures(comparison: Comparison) -> str:
+    """How many runs failed, and of which recipes with which seeds; empty where none did."""
+    lost = [f"{result.name} ({'; '.join(failed(result))})" for result in comparison.recipes if result.failed]
+    if not lost:
+        return ""
+    runs, failed_runs = len(comparison.recipes) * len(comparison.seeds), sum(len(r.failed) for r in comparison.recipes)
+    return f"{failed_runs} of {_counted(runs, 'run')} failed: {', '.join(lost)}"
 
 
 def budget(comparison: Comparison) -> str:
@@ -95,8 +130,10 @@ def at_the_edge(found: Sweep, end: Callable[[list[float]], float]) -> list[str]:
 def difference(comparison: Comparison, result: RecipeResult) -> str:
     """How far a recipe's held-out loss lies from the first's: "0.012 nats lower than dense [0.004, 0.020], 3 seeds"."""
     found, first = result.difference, comparison.recipes[0].name
-    if found is None:
+    if result is comparison.recipes[0]:
         return "what the others are compared to"
+    if found is None:
+        return f"no seed with which both it and {first} finished"
     decimals = decimals_of(comparison)
     size = fixed(abs(found.mean), decimals)
     seeds = _counted(len(found.by_seed), "seed")
@@ -110,8 +147,13 @@ def difference(comparison: Comparison, result: RecipeResult) -> str:
     return f"{words} [{', '.join(fixed(end, decimals) for end in ends)}], {seeds}"
 
 
-def reason(comparison: Comparison, found: Difference) -> str:
+def reason(comparison: Comparison, result: RecipeResult) -> str:
     """Why the verdict is what it is; empty where "better" or "worse" says all."""
+    found = result.difference
+    if result.failed:
+        return "; ".join(f"seed {run.seed}: {run.reason}" for run in result.failed)
+    if found is None:
+        return ""
     if found.verdict == "too few seeds to rank":
         return f"an interval takes {MIN_SEEDS} seeds"
     if found.p_holm is None:
@@ -140,6 +182,8 @@ def noise(comparison: Comparison, result: RecipeResult) -> str:
         said = f"A new study of this size finds a true difference of {effect} nats four times in five, and "
         said += f"an equal recipe to lie within {margin} nats of {first} as often"
         return f"{said}; more often if the same is true of other recipes." if _tested(comparison) > 1 else f"{said}."
+    if found.verdict == "failed":
+        return "It failed with some seeds: what it reached with others is no measure of it."
     if found.verdict == "too few seeds to rank":
         by_seed = ", ".join(signed(value, decimals) for value in found.by_seed)
         return f"By seed: {by_seed}. How much of it is noise takes {MIN_SEEDS} seeds to say."

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moestro.comparison import Comparison, RecipeResult, Run
+from moestro.report import sentences
 from moestro.report.numbers import ABSENT, fixed, mean, memory, metric, signed
-from moestro.report.sentences import decimals_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,8 @@ class Row:
     """That a sweep chose; empty without one."""
     loss: str
     spread: str
+    failed: tuple[str, ...]
+    """Which runs failed, and when; the means leave them out."""
     perplexity: str
     bits_per_byte: str
     difference: str
@@ -67,7 +69,7 @@ def domain_rows(comparison: Comparison) -> tuple[DomainRow, ...]:
 
 def _row(comparison: Comparison, result: RecipeResult) -> Row:
     runs = result.runs
-    found, decimals = result.difference, decimals_of(comparison)
+    found, decimals = result.difference, sentences.decimals_of(comparison)
     losses = [run.held_out.loss for run in runs]
     interval = found.interval if found else None
     return Row(
@@ -76,14 +78,15 @@ def _row(comparison: Comparison, result: RecipeResult) -> Row:
         total_parameters=metric(result.total_parameters),
         active_parameters=metric(result.active_parameters),
         flops_per_token=metric(result.flops_per_token),
-        learning_rate=f"{comparison.sweep.chosen[result.name]:g}" if comparison.sweep else "",
+        learning_rate=_learning_rate(comparison, result),
         loss=fixed(mean(losses)),
         spread=f"± {fixed(statistics.stdev(losses))}" if len(losses) > 1 else "",
         perplexity=fixed(mean([run.held_out.perplexity for run in runs]), 2),
         bits_per_byte=fixed(mean([run.held_out.bits_per_byte for run in runs])),
         difference=signed(found.mean, decimals) if found else ABSENT,
         interval=f"[{signed(interval[0], decimals)}, {signed(interval[1], decimals)}]" if interval else "",
-        verdict=found.verdict if found else "",
+        failed=tuple(sentences.failed(result)),
+        verdict=sentences.verdict(comparison, result) or "",
         tokens_per_second=fixed(mean([run.tokens_per_second for run in runs]), 0),
         peak_memory=memory(max((m for run in runs if (m := run.peak_memory_bytes) is not None), default=None)),
         max_vio_batch=_over_layers(runs, "max_vio_batch"),
@@ -92,13 +95,21 @@ def _row(comparison: Comparison, result: RecipeResult) -> Row:
     )
 
 
+def _learning_rate(comparison: Comparison, result: RecipeResult) -> str:
+    """What the sweep chose; empty without a sweep."""
+    if comparison.sweep is None:
+        return ""
+    rate = comparison.sweep.chosen.get(result.name)
+    return ABSENT if rate is None else f"{rate:g}"
+
+
 def _over_layers(runs: Sequence[Run], name: str) -> str:
     return fixed(mean([layer.figures[name] for run in runs for layer in run.layers]), 2)
 
 
 def _dead_experts(runs: Sequence[Run]) -> str:
     """The worst seed's dead experts of all layers' experts."""
-    experts = sum(len(layer.load) for layer in runs[0].layers)
+    experts = sum(len(layer.load) for layer in runs[0].layers) if runs else 0
     if experts == 0:
         return ABSENT
     dead = max(sum(layer.figures["dead_experts"] or 0 for layer in run.layers) for run in runs)

@@ -18,6 +18,7 @@ _STYLES: dict[str, str] = {
     "equivalent": "cyan",
     "not answered": "dim",
     "too few seeds to rank": "dim",
+    "failed": "bold red",
 }
 
 
@@ -43,7 +44,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if domains:
         line(console, "Held-out loss by domain, nats per token", "bold")
         in_parts(console, lambda part: _domain_table(console, names, domains, part), len(names))
-    for result in comparison.recipes[1:]:
+    for result in comparison.recipes:
         _print_verdict(console, comparison, result)
     if any(result.difference and result.difference.interval for result in comparison.recipes):
         line(console, f"{sentences.rule(comparison)} {sentences.beside_intervals(comparison)}", "dim")
@@ -51,13 +52,14 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _results_table(console: Console, results: Sequence[Row]) -> Table:
     made = table(console, "", [row.name for row in results])
-    for cells in zip(*(_labelled(row) for row in results), strict=True):
+    failed = any(row.failed for row in results)
+    for cells in zip(*(_labelled(row, failed) for row in results), strict=True):
         values = (text(console, value, _STYLES.get(value, "")) for _, value in cells)
         made.add_row(text(console, cells[0][0]), *values)
     return made
 
 
-def _labelled(row: Row) -> Iterator[tuple[str, str]]:
+def _labelled(row: Row, failed: bool) -> Iterator[tuple[str, str]]:
     yield "parameters", row.total_parameters
     yield "active", row.active_parameters
     yield "FLOPs per token", row.flops_per_token
@@ -69,6 +71,8 @@ def _labelled(row: Row) -> Iterator[tuple[str, str]]:
     yield "difference", row.difference
     yield "95 % interval", row.interval
     yield "verdict", row.verdict
+    if failed:
+        yield "failed runs", str(len(row.failed))
     yield "tokens/s", row.tokens_per_second
     yield "peak memory", row.peak_memory
     yield "MaxVio, batch", row.max_vio_batch
@@ -95,10 +99,10 @@ def _domain_table(console: Console, names: Sequence[str], domains: Sequence[Doma
 
 
 def _print_verdict(console: Console, comparison: Comparison, result: RecipeResult) -> None:
-    found = result.difference
-    if found is None:
+    if (verdict := sentences.verdict(comparison, result)) is None:
         return
-    why = sentences.reason(comparison, found)
-    verdict = f"{found.verdict} ({why})" if why else found.verdict
-    line(console, f"{result.name}: {sentences.difference(comparison, result)}: {verdict}", _STYLES[found.verdict])
-    line(console, f"  {sentences.noise(comparison, result)}", "dim")
+    why = sentences.reason(comparison, result)
+    said = f"{verdict} ({why})" if why else verdict
+    line(console, f"{result.name}: {sentences.difference(comparison, result)}: {said}", _STYLES[verdict])
+    if noise := sentences.noise(comparison, result):
+        line(console, f"  {noise}", "dim")

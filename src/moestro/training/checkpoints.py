@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 
 from torch import nn
 
-from moestro.errors import Misuse, TrainingFailed
+from moestro.errors import Diverged, Misuse
 from moestro.records import write_atomically
 
 MARKER = "complete.json"
@@ -109,7 +109,7 @@ def check_step(folder: Path) -> None:
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:
-    """Raise TrainingFailed if any parameter is NaN or infinite: such a checkpoint must not look good."""
+    """Raise Diverged if any parameter is NaN or infinite: such a checkpoint must not look good."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
-            raise TrainingFailed(f"parameter {name} is not finite after step {step}")
+            raise Diverged(f"parameter {name} is not finite after step {step}; try a lower learning_rate", step=step)

@@ -1,5 +1,6 @@
 """`train`: from a recipe, data, a seed and a folder to a finished run; or, called again, on from where it stopped."""
 
+import math
 import os
 import time
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.comparison import Run
 from moestro.data.preparation import PreparedData
 from moestro.data.tokenizer import vocabulary_size
-from moestro.errors import Misuse
+from moestro.errors import Diverged, Misuse
 from moestro.evaluation import held_out
 from moestro.models import PADDED_MM, MoestroForCausalLM
 from moestro.training.checkpoints import step_of
@@ -85,7 +86,7 @@ def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, consol
 
     Raises:
         Misuse: the folder is no run's, holds another run or a corrupt checkpoint, or is in use by another process.
-        TrainingFailed: the loss is not finite.
+        Diverged: a loss or a parameter is not finite.
         Interrupted: after Ctrl-C.
         OSError: a file cannot be written.
     """
@@ -240,6 +241,9 @@ def finish(
     evaluation = held_out_evaluation(model, recipe, data)
 
     def write() -> Run:
+        if not math.isfinite(evaluation.loss):
+            step = trainer.state.global_step
+            raise Diverged(f"the held-out loss is {evaluation.loss} after the last step, {step}", step=step)
         run = Run(
             seed=seed,
             held_out=held_out(evaluation, data.held_out_bytes, data.held_out_domain, data.domains),

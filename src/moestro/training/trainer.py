@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.adapters.loss_log import TASK
-from moestro.errors import TrainingFailed
+from moestro.errors import Diverged, TrainingFailed
 from moestro.training.checkpoints import last_complete, mark_complete, refuse_non_finite
 from moestro.training.ranks import any_rank, on_first_rank, together
 from moestro.training.writing import failures_as_os_errors
@@ -28,7 +28,7 @@ class PretrainingTrainer(Trainer):
     """The Trainer that `moestro train` uses.
 
     It logs the language-model loss without auxiliary losses (those apart), tokens per second over training steps alone,
-    and the load violation of the layers; raises TrainingFailed at the first loss that is not finite; and marks its
+    and the load violation of the layers; raises Diverged at the first loss that is not finite; and marks its
     checkpoints complete when everything is on disk.
     """
 
@@ -66,7 +66,7 @@ class PretrainingTrainer(Trainer):
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except TrainingFailed as error:  # an auxiliary loss that is not finite
-            raise TrainingFailed(self._what_broke(model, inputs, float("nan"), str(error))) from None
+            raise self._diverged(model, inputs, float("nan"), str(error)) from None
         if any_rank(not bool(loss.isfinite())):
             together(lambda: self._refuse_non_finite(model, inputs, loss))
         self.state.num_input_tokens_seen += inputs["input_ids"].numel() * self.args.world_size
@@ -74,15 +74,16 @@ class PretrainingTrainer(Trainer):
 
     def _refuse_non_finite(self, model: nn.Module, inputs: Any, loss: Tensor) -> None:
         if not bool(loss.isfinite()):
-            raise TrainingFailed(self._what_broke(model, inputs, loss.item(), "the loss itself"))
+            raise self._diverged(model, inputs, loss.item(), "the loss itself")
 
-    def _what_broke(self, model: nn.Module, inputs: Any, loss: float, otherwise: str) -> str:
+    def _diverged(self, model: nn.Module, inputs: Any, loss: float, otherwise: str) -> Diverged:
         # Not through the wrapper of data parallelism, whose passes all ranks must share.
         layer = first_non_finite(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) or otherwise
         good, _ = last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
         step = self.state.global_step + 1
-        return f"the loss is {loss} at step {step}, first in {layer}; {where}; try a lower learning_rate"
+        said = f"the loss is {loss} at step {step}, first in {layer}; {where}; try a lower learning_rate"
+        return Diverged(said, step=step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what a mixture-of-experts run is watched by."""

@@ -37,7 +37,11 @@
     place.append(...boxes); // all, before any is drawn as wide as what it finds
     boxes.forEach((box, index) => draw(box.lastChild, maps[index].figure));
   };
+  const trained = (option) => `${recipe.value}/${option.value}` in figures.experts;
   const showRun = () => {
+    const seeds = [...seed.options]; // a seed with which the recipe failed cannot be chosen
+    for (const option of seeds) option.disabled = !trained(option);
+    if (seed.selectedOptions[0].disabled) seeds.find(trained).selected = true;
     const key = `${recipe.value}/${seed.value}`;
     const run = figures.experts[key];
     draw(document.getElementById("load"), run.load);

@@ -1,0 +1,121 @@
+"""What a comparison will do, settled and checked before anything is trained: budgets that are equal, seeds, a grid."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from moestro.errors import Misuse
+from moestro.models.counting import count_parameters
+from moestro.statistics import MARGIN, check_margin
+from moestro.sweep import Grid
+from moestro.training.recipe import Recipe
+
+TOLERANCE = 0.02
+"""Parameters count as equal within this share: routers and norms differ a little between architectures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What will be compared, settled before anything is trained."""
+
+    recipes: tuple[Recipe, ...]
+    seeds: tuple[int, ...]
+    match: Literal["tokens", "flops"]
+    differences: tuple[str, ...]
+    """What is not equal although it should be; empty unless the user allowed it."""
+    command: str
+    grid: Grid | None = None
+    """What chooses each recipe's learning rate first; None: the recipes say them."""
+    margin: float = MARGIN
+    """Nats per token: smaller differences are not worth having."""
+
+
+def plan(
+    recipes: Sequence[Recipe],
+    *,
+    seeds: Sequence[int],
+    match: Literal["tokens", "flops"] = "tokens",
+    allow_unequal: bool = False,
+    command: Sequence[str] = (),
+    grid: Grid | None = None,
+    margin: float = MARGIN,
+) -> Plan:
+    """Match the budgets, and refuse with the number that differs what would not be a fair comparison."""
+    check(recipes, seeds, match, grid)
+    if match == "flops":
+        recipes = [with_flops_of(recipes[0], recipe) for recipe in recipes]
+    differences = tuple(unequal(recipes, match))
+    if differences and not allow_unequal:
+        raise Misuse(f"budgets must be equal: {differences[0]}; change the recipe, or say --allow-unequal")
+    return Plan(
+        recipes=tuple(recipes),
+        seeds=tuple(seeds),
+        match=match,
+        differences=differences,
+        command=shlex.join(command),
+        grid=grid,
+        margin=check_margin(margin),
+    )
+
+
+def check(recipes: Sequence[Recipe], seeds: Sequence[int], match: str, grid: Grid | None) -> None:
+    """Raise Misuse unless these can be compared at all."""
+    names = [recipe.name for recipe in recipes]
+    if not recipes:
+        raise Misuse("compare needs at least one recipe")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise Misuse(f"every recipe must be named once, got {twice!r} {names.count(twice)} times")
+    if not seeds and grid is None:
+        raise Misuse("seeds must be at least 1 (or 0 beside --sweep: the screening alone), got 0")
+    if negative := [seed for seed in (*seeds, *([grid.seed] if grid else ())) if seed < 0]:
+        raise Misuse(f"a seed must be at least 0, got {negative[0]}")
+    if grid is not None:
+        grid.validate(recipes, seeds, match)
+
+
+def with_flops_of(first: Recipe, recipe: Recipe) -> Recipe:
+    """The recipe with as many tokens as cost the first one's training FLOPs."""
+    budget = first.training.tokens * first.training_flops()
+    tokens = round(budget / recipe.training_flops())
+    return replace(recipe, training=replace(recipe.training, tokens=tokens)).validate()
+
+
+def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
+    """One sentence for each number that must be equal and is not.
+
+    Active parameters must agree between all recipes; total ones between those with experts (a dense model has no idle
+    parameters to add).
+    """
+    counts = {r.name: count_parameters(r.model.config(r.training.sequence_length)) for r in recipes}
+    sparse = {name: count for name, count in counts.items() if count.total != count.active}
+    quantities: list[tuple[str, dict[str, float], float]] = [
+        ("active parameters", {name: count.active for name, count in counts.items()}, TOLERANCE),
+        ("total parameters of the recipes with experts", {n: count.total for n, count in sparse.items()}, TOLERANCE),
+    ]
+    fields = ["batch_tokens", "sequence_length"] + (["tokens"] if match == "tokens" else [])
+    quantities += [(name, {r.name: getattr(r.training, name) for r in recipes}, 0.0) for name in fields]
+    quantities.append(("vocab_size", {r.name: r.model.vocab_size for r in recipes}, 0.0))
+    sentences = []
+    for what, values, tolerance in quantities:
+        if values and max(values.values()) > min(values.values()) * (1 + tolerance):
+            low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+            sentences.append(f"{what} differ: {low} has {values[low]:,}, {high} has {values[high]:,}")
+    dtypes = {r.training.dtype for r in recipes}
+    if len(dtypes) > 1:
+        sentences.append(f"dtype differs: {', '.join(f'{r.name} has {r.training.dtype}' for r in recipes)}")
+    return sentences
+
+
+def run_folder(folder: Path, recipe: Recipe, seed: int, the_plan: Plan) -> Path:
+    """Where a run of the comparison lives."""
+    t = recipe.training
+    swept = f"learning_rate={t.learning_rate:g},tokens={t.tokens}" if the_plan.grid else ""
+    return recipe_folder(folder, recipe) / swept / f"seed-{seed}"
+
+
+def recipe_folder(folder: Path, recipe: Recipe) -> Path:
+    """Where all runs of a recipe live."""
+    return folder / "".join(c if c.isalnum() or c in "+-=,._" else "_" for c in recipe.name)
