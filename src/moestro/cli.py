@@ -28,7 +28,7 @@ from moestro.models.siblings import export_stock
 from moestro.planning import plan as plan_comparison
 from moestro.report.printing import Visible, say
 from moestro.report.routing_terminal import print_finding, print_study
-from moestro.report.sentences import failures
+from moestro.report.sentences import did_not_learn, failures
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
 from moestro.statistics import MARGIN
@@ -81,6 +81,8 @@ def train(
     if export_stock:
         export(folder)
     say(f"held-out loss {run.held_out.loss:.4f} nats/token, {run.held_out.bits_per_byte:.4f} bits/byte: {folder}")
+    if words := did_not_learn(run):
+        say(f"warning: {words}")
 
 
 def compare(

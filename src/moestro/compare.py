@@ -19,6 +19,7 @@ from moestro.models.counting import count_parameters
 from moestro.planning import Plan, recipe_folder, run_folder
 from moestro.records import write_record
 from moestro.report import write_report
+from moestro.report.sentences import did_not_learn
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
 from moestro.sweep import Grid, at_rate, sweep, with_chosen
 from moestro.training.environment import environment
@@ -105,6 +106,8 @@ def train_or_read(
         raise
     speed = run.tokens_per_second or 0
     console.print(f"{name}: held-out loss {run.held_out.loss:.4f}, {speed:,.0f} tokens/s", markup=False)
+    if words := did_not_learn(run):
+        console.print(f"{name}: warning: {words}", markup=False)
     return run
 
 

@@ -11,6 +11,10 @@ from typing import Literal
 from moestro.errors import Misuse
 from moestro.statistics import Difference, DocumentBootstrap
 
+SETTLED_STEPS = 100
+LEAST_LEARNT = 0.01
+"""Nats per token."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
@@ -68,6 +72,10 @@ class HeldOut:
     """exp(loss); None where that overflows."""
     bits_per_byte: float
     domains: dict[str, DomainLoss]
+    uniform: float | None = None
+    """The loss of a guess that takes all tokens of the vocabulary for equally likely. None in older records."""
+    unigram: float | None = None
+    """The loss of the training text's token frequencies alone. None in older records."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +145,19 @@ class Run:
     """Optimiser steps that it was really trained for; None in summaries of earlier versions."""
     tokens: int | None = None
     """Tokens that it was really trained on, every repetition counted; None in summaries of earlier versions."""
+
+    @property
+    def chance(self) -> float | None:
+        """The loss that a run of this length must beat: of token frequencies after 100 steps, before of a blind guess.
+
+        Healthy runs are below the first well before 100 steps; the first steps of a run are spent on coming there.
+        """
+        return self.held_out.unigram if (self.steps or 0) >= SETTLED_STEPS else self.held_out.uniform
+
+    @property
+    def learnt_nothing(self) -> bool:
+        """Whether it predicts held-out text no better, by 0.01 nats, than chance."""
+        return self.chance is not None and self.held_out.loss > self.chance - LEAST_LEARNT
 
     @property
     def trained_tokens(self) -> int | None:

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 
-from moestro.comparison import Comparison, RecipeResult, Sweep
+from moestro.comparison import Comparison, RecipeResult, Run, Sweep
 from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
 from moestro.statistics import MIN_SEEDS, Difference, Verdict
+
+TOKENS_PER_EXPERT = 16
+"""Held-out tokens per expert of a layer from which an expert that none of them chose counts as dead."""
 
 
 def headline(comparison: Comparison) -> str:
@@ -13,6 +16,8 @@ def headline(comparison: Comparison) -> str:
     failed, sound = [r.name for r in others if r.failed], [r for r in others if not r.failed]
     if not any(result.runs for result in comparison.recipes):
         return "Every run failed"
+    if all(run.learnt_nothing for result in comparison.recipes for run in result.runs):
+        return "No run learnt anything: none predicts held-out text better than chance"
     if not first.runs:
         return f"{first.name} failed with every seed: there is nothing to compare with"
     if not others:
@@ -44,6 +49,34 @@ def _answer(first: RecipeResult, others: list[RecipeResult], decimals: int) -> s
         names = _listed([result.name for result in equivalent])
         return f"{names} and {first.name} are equivalent: they differ by less than {found.margin:g} nats per token"
     return f"No difference from {first.name} stands out of the noise of {seeds} seeds"
+
+
+def learnt_nothing(run: Run) -> str:
+    """That a run learnt nothing, and by what measure; empty where it did learn."""
+    if not run.learnt_nothing:
+        return ""
+    known = "token frequencies alone" if run.chance == run.held_out.unigram else "a blind guess"
+    return f"learnt nothing: its held-out loss of {fixed(run.held_out.loss)} is not below {known} ({fixed(run.chance)})"
+
+
+def most_are_dead(run: Run) -> str:
+    """That most experts of a run are dead; empty where they are not, or the text is too short to tell."""
+    tokens = sum(domain.tokens for domain in run.held_out.domains.values())
+    dead = sum(layer.figures.get("dead_experts") or 0 for layer in run.layers)
+    experts = sum(len(layer.load) for layer in run.layers)
+    short = any(tokens < TOKENS_PER_EXPERT * len(layer.load) for layer in run.layers)
+    return "" if short or 2 * dead <= experts else f"{dead:.0f} of {experts} experts are dead"
+
+
+def did_not_learn(run: Run) -> str:
+    """That a run learnt nothing, or that most of its experts are dead; empty for a sound one."""
+    return " and ".join(words for words in (learnt_nothing(run), most_are_dead(run)) if words)
+
+
+def warnings(comparison: Comparison) -> list[str]:
+    """A line for each run that did not learn."""
+    every = ((result.name, run) for result in comparison.recipes for run in result.runs)
+    return [f"{name} seed {run.seed}: {words}" for name, run in every if (words := did_not_learn(run))]
 
 
 def verdict(comparison: Comparison, result: RecipeResult) -> Verdict | None:

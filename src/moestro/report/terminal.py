@@ -28,6 +28,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     line(console, f"{sentences.budget(comparison)} {sentences.held_out(comparison)}")
     if not comparison.budget.equal:
         line(console, "The budgets are not equal: " + "; ".join(comparison.budget.differences), "bold red")
+    for warning in sentences.warnings(comparison):
+        line(console, warning, "bold yellow")
     console.print()
     results, domains = rows(comparison), domain_rows(comparison)
     names = [row.name for row in results]

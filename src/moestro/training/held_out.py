@@ -1,19 +1,21 @@
 """The held-out text: what is measured on a part of it while a run trains, and on all of it at the end."""
 
 import logging
+import math
 import zipfile
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Integer
 from torch import Tensor
 
 from moestro.adapters.ranks import over_ranks, rank
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
-from moestro.comparison import CurvePoint
+from moestro.comparison import CurvePoint, HeldOut
 from moestro.data.preparation import PreparedData
 from moestro.evaluation import Evaluation, evaluate
 from moestro.models import MoestroForCausalLM
@@ -22,6 +24,8 @@ from moestro.training.resume import read_metrics
 
 CURVE_TOKENS = 8_192
 """Held-out tokens of each point of a learning curve."""
+UNIGRAM_TOKENS = 4_000_000
+"""Training tokens whose frequencies are counted: enough to know them, at no cost for a large text."""
 KEPT = ("agreement", "static_agreement", "regret", "target_entropy", "response", "changed")
 """What a learning curve keeps of the router beside competition."""
 logger = logging.getLogger(__name__)
@@ -139,3 +143,18 @@ class HeldOutCurve:
 def changed(before: Tensor, after: Tensor) -> float:
     """Share of the chosen experts, [tokens, k], that a token had not chosen before."""
     return 1 - float((after[:, :, None] == before[:, None, :]).any(-1).double().mean())
+
+
+def with_chance(found: HeldOut, recipe: Recipe, data: PreparedData) -> HeldOut:
+    """Return the held-out losses beside those of a blind guess and of the training text's token frequencies."""
+    vocabulary = recipe.model.vocab_size
+    unigram = unigram_loss(data.train.tokens[:UNIGRAM_TOKENS], data.held_out.tokens[1:], vocabulary)
+    return replace(found, uniform=math.log(vocabulary), unigram=unigram)
+
+
+def unigram_loss(
+    train: Integer[np.ndarray, " train"], predicted: Integer[np.ndarray, " held_out"], vocabulary: int
+) -> float:
+    """Return the loss on `predicted` of the frequencies in `train`, every token of the vocabulary counted once more."""
+    counts = np.bincount(train, minlength=vocabulary) + 1.0
+    return float(np.mean(np.log(counts.sum()) - np.log(counts[predicted])))

@@ -21,7 +21,7 @@ from moestro.evaluation import held_out
 from moestro.models import PADDED_MM, MoestroForCausalLM
 from moestro.training.checkpoints import step_of
 from moestro.training.finish import read_finished, write_results
-from moestro.training.held_out import HeldOutCurve, held_out_evaluation, learning_curve
+from moestro.training.held_out import HeldOutCurve, held_out_evaluation, learning_curve, with_chance
 from moestro.training.initialise import initialise
 from moestro.training.intervals import CHECKPOINTS, CURVE_POINTS, every, steps_per_log
 from moestro.training.memory import forget_peak, peak_memory_bytes
@@ -244,9 +244,10 @@ def finish(
         if not math.isfinite(evaluation.loss):
             step = trainer.state.global_step
             raise Diverged(f"the held-out loss is {evaluation.loss} after the last step, {step}", step=step)
+        losses = held_out(evaluation, data.held_out_bytes, data.held_out_domain, data.domains)
         run = Run(
             seed=seed,
-            held_out=held_out(evaluation, data.held_out_bytes, data.held_out_domain, data.domains),
+            held_out=with_chance(losses, recipe, data),
             tokens_per_second=trainer.tokens_per_second() or None,
             peak_memory_bytes=memory,
             seconds=seconds,
