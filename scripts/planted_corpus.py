@@ -80,4 +80,11 @@ BUGS = [
         "self._file.truncate()",
         "test_data_building",
     ),
+    Bug(
+        "corpus: everything is read into memory before it is sampled",
+        "data/spool.py",
+        "for document in () if spool.complete else documents:",
+        "for document in () if spool.complete else list(documents):",
+        "test_data_building::test_memory_does_not_grow_with_the_text",
+    ),
 ]

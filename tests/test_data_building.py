@@ -2,17 +2,21 @@
 
 import json
 import os
+import random
 import signal
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moestro.data import prepare
+from moestro.data.corpus import split_documents
 from moestro.data.inventory import inventory
 from moestro.data.packing import PackedRows, StreamWriter
 from moestro.data.preparation import PreparedData
+from moestro.data.sources import Document
 from moestro.data.spool import Spool
 
 
@@ -155,3 +159,24 @@ def test_a_stream_written_in_pieces_is_the_stream(tmp_path: Path):
     assert whole.document_starts.tolist() == pieces.document_starts.tolist() == [1, 5, 7, 8]
     assert pieces.document_domain.tolist() == [0, 1, 2, 3]
     assert pieces.document_bytes.tolist() == [0, 10, 20, 30]
+
+
+@pytest.mark.parametrize("max_bytes", [None, 100_000])
+def test_memory_does_not_grow_with_the_text(tmp_path: Path, max_bytes: int | None):
+    """Python's and numpy's own allocations, while documents of 32 kB are read, split and gone through."""
+
+    def documents(count: int) -> Iterator[Document]:
+        for n in range(count):
+            text = random.Random(n).randbytes(16_000).hex()
+            yield Document(text=text, domain="hex", source=str(n))
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        corpus = split_documents(documents(count), max_bytes=max_bytes, max_held_out_bytes=20_000)
+        assert sum(1 for _ in corpus.train) > 2
+        size = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return size
+
+    small, large = peak(60), peak(60 * (3 if max_bytes is None else 8))  # 2 MB, and 6 or 15 MB
+    assert large - small < 10**6
