@@ -14,19 +14,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
+from paired import start
 
 VOCABULARY = 4096
 
 
-def main(megabytes: tuple[int, ...] = (1, 3), work: Path | None = None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What is measured."""
+
+    megabytes: tuple[int, ...] = (1, 3)
+    """Sizes of the text."""
+    work: Path | None = None
+    """Folder for texts and caches, about three times the largest text. Default: the system's for temporary files."""
+
+
+def main(sizes: Sizes) -> None:
     """Print one line per size: seconds and peak MB of the first preparation and of one that finds it in the cache."""
     print("text MB | first s | first peak MB | cached s | cached peak MB | cache MB")
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        for size in megabytes:
+    with tempfile.TemporaryDirectory(dir=sizes.work) as folder:
+        for size in sizes.megabytes:
             source, cache = Path(folder, "text"), Path(folder, "cache")
             write_text(source, size * 10**6)
             first, cached = (measured(source, cache) for _ in range(2))
@@ -79,4 +90,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--measure"]:
         measure(*sys.argv[2:])
     else:
-        tyro.cli(main, description=__doc__)
+        start(main, Sizes, __doc__ or "")

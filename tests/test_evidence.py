@@ -25,6 +25,7 @@ SMALLEST = {
     "benchmarks/competition_signal.py": "--experts 4 --top-k 2 --hidden 16 --width 8 --tokens 64",
     "benchmarks/experts_backend.py": f"--layers 1 --experts 4 --expert-width 8 --vocabulary 64 {TINY}",
     "benchmarks/specialise_overhead.py": f"--layers 1 --experts 4 --top-k 2 --expert-width 8 {TINY} --no-memory",
+    "benchmarks/preparation.py": "--megabytes 1",
     "benchmarks/recipe_steps.py": f"--recipes smoe dense --size tiny {TINY[12:]} --no-memory",
     "examples/competition_theory.py": "--sizes 1000 3000 --experts 2 --replications 2 --em-steps 2 --steps 10",
     "scripts/stock_aux_loss.py": "--cuts 1 2",
@@ -60,6 +61,7 @@ WRONG = {
         ("--only none", "--only must be one of nothing, balance,"),
         ("--expert-width 12", "--expert-width must be a multiple of 8, got 12"),
     ],
+    "benchmarks/preparation.py": [("--megabytes 0", "--megabytes must be 1 or more, got 0")],
     "benchmarks/recipe_steps.py": [("--recipes none", "unknown recipe 'none'")],
     "benchmarks/router_ceiling.py": [("nowhere --data a=b", "must be the folder of a saved model, got nowhere")],
     "examples/competition_theory.py": [
@@ -100,7 +102,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     return run
 
 
-SLOW = {"scripts/stock_aux_loss.py", "scripts/attach_every_family.py"}
+SLOW = {"benchmarks/preparation.py", "scripts/stock_aux_loss.py", "scripts/attach_every_family.py"}
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow) if s in SLOW else s for s in SMALLEST])
