@@ -73,4 +73,25 @@ BUGS = [
         "full = 1.0",
         "test_gradient_ratio",
     ),
+    Bug(
+        "losses: experts' weights keep their dtype under autocast",
+        "models/autocast_mm.py",
+        "setattr(self, name, weight.to(dtype))",
+        "setattr(self, name, weight)",
+        "test_experts_dtype",
+    ),
+    Bug(
+        "losses: on CUDA experts run in fp32",
+        "training/train.py",
+        "AUTOCAST_MM if torch.cuda.is_available()",
+        '"grouped_mm" if torch.cuda.is_available()',
+        "test_experts_dtype",
+    ),
+    Bug(
+        "losses: outputs kept apart are those of fp32 products",
+        "models/grouped_padded.py",
+        "autocast = backend in (PADDED_MM, AUTOCAST_MM) and",
+        "autocast = backend == PADDED_MM and",
+        "test_experts_dtype",
+    ),
 ]

@@ -22,6 +22,7 @@ from moestro.adapters.applicability import LOSSES, refuse_to_compete, refuse_wha
 from moestro.adapters.attempt import Attempt
 from moestro.adapters.batch import TrainerBatch, labels_of_rows, share_of_sequences
 from moestro.adapters.compete import Competitor
+from moestro.adapters.experts_dtype import warn_of_full_precision
 from moestro.adapters.gradient_ratio import measure, unmeasured
 from moestro.adapters.layer_losses import NOTHING_SEEN, LayerLosses
 from moestro.adapters.layers import moe_layers
@@ -223,6 +224,8 @@ class AuxLosses:
         current.share = share_of_sequences(current.batch, items, by_label=by_label, rows=rows)
         for state in self._layers:
             state.terms = {}
+        if not self.firings:  # the first pass
+            warn_of_full_precision(state.layer for state in self._layers)
 
     def _end(self, current: Pass, output: Any) -> None:
         if self._trainer is None:

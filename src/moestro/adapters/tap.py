@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from moestro.adapters.layers import routing_of
 from moestro.errors import Misuse
+from moestro.models.autocast_mm import AUTOCAST_MM
 from moestro.models.every_expert import every_expert
 from moestro.models.grouped_padded import PADDED_MM, compute_dtype, unmixed
 from moestro.routing import Batch, Competition, LayerRecord, MoELayer, Routing
@@ -169,7 +170,11 @@ class Tap:
         """The experts backend in use, where it is one whose products can be had without its sum."""
         experts = self.layer.experts
         name = getattr(getattr(experts, "config", None), "_experts_implementation", None)
-        known = self.original is None and hasattr(experts, "is_transposed") and name in (PADDED_MM, "grouped_mm")
+        known = (
+            self.original is None
+            and hasattr(experts, "is_transposed")
+            and name in (PADDED_MM, AUTOCAST_MM, "grouped_mm")
+        )
         return name if known else None
 
     def answers(

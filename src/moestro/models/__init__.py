@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from moestro.models.autocast_mm import AUTOCAST_MM as AUTOCAST_MM
+from moestro.models.autocast_mm import register as register_autocast_mm
 from moestro.models.configuration import Dense as Dense
 from moestro.models.configuration import MoE as MoE
 from moestro.models.configuration import MoestroConfig as MoestroConfig
@@ -14,3 +16,4 @@ AutoConfig.register("moestro", MoestroConfig, exist_ok=True)
 AutoModel.register(MoestroConfig, MoestroModel, exist_ok=True)
 AutoModelForCausalLM.register(MoestroConfig, MoestroForCausalLM, exist_ok=True)
 register_padded_mm()
+register_autocast_mm()

@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from moestro.models.autocast_mm import AUTOCAST_MM
+
 PADDED_MM = "padded_mm"
 _MULTIPLE = 32
 
@@ -56,9 +58,10 @@ def padded_mm_experts_forward(
 def unmixed(
     self: nn.Module, hidden_states: Float[Tensor, "tokens dim"], top_k_index: Int[Tensor, "tokens k"], backend: str
 ) -> Float[Tensor, "tokens k out"]:
-    """What `backend` ("padded_mm" or transformers' "grouped_mm") would weight and add up: each expert's own output.
+    """What `backend` would weight and add up: each expert's own output.
 
-    The same matrix products row by row, without the copies that calling the backend with one expert per row takes.
+    It is "padded_mm", "autocast_mm" or transformers' "grouped_mm": the same matrix products row by row, without the
+    copies that calling the backend with one expert per row takes.
     """
     experts: Any = self
     dtype, padded = compute_dtype(experts, backend), backend == PADDED_MM
@@ -89,7 +92,7 @@ def _run(
 def compute_dtype(experts: Any, backend: str) -> torch.dtype:
     """What `backend` multiplies in. transformers' grouped_mm takes the weights' dtype, under autocast too."""
     weight = experts.down_proj
-    autocast = backend == PADDED_MM and torch.is_autocast_enabled(weight.device.type)
+    autocast = backend in (PADDED_MM, AUTOCAST_MM) and torch.is_autocast_enabled(weight.device.type)
     return torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
 
 

@@ -13,12 +13,13 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, default_data_collator
 
 from moestro.adapters import AuxLosses, RoutingMeter
+from moestro.adapters.experts_dtype import experts_dtypes
 from moestro.comparison import Run
 from moestro.data.preparation import PreparedData
 from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Diverged, Misuse
 from moestro.evaluation import held_out
-from moestro.models import PADDED_MM, MoestroForCausalLM
+from moestro.models import AUTOCAST_MM, PADDED_MM, MoestroForCausalLM
 from moestro.training.checkpoints import step_of
 from moestro.training.finish import read_finished, write_results
 from moestro.training.held_out import HeldOutCurve, held_out_evaluation, learning_curve, with_chance
@@ -117,6 +118,7 @@ def train_on(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, con
     steps = recipe.training.steps
     model = build_model(recipe, data, seed)
     trainer, interruption = build_trainer(model, recipe, data, folder, seed=seed, console=console, options=options)
+    say_experts_dtype(model, recipe, console)
     resume = on_first_rank(lambda: resume_point(folder, steps, console))
     start, peak_is_known = time.perf_counter(), forget_peak()
     if resume is not None and step_of(resume) == steps:
@@ -145,8 +147,8 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
     model = MoestroForCausalLM(recipe.model.config(recipe.training.sequence_length, end_of_text))
     initialise(model, seed)
     model.chunked_loss = True
-    if recipe.training.dtype == "bfloat16" and not torch.cuda.is_available():
-        model.set_experts_implementation(PADDED_MM)
+    if recipe.training.dtype == "bfloat16":  # transformers' own would run experts in fp32
+        model.set_experts_implementation(AUTOCAST_MM if torch.cuda.is_available() else PADDED_MM)
     if recipe.training.compile:
         # Layers differ in who listens to them, so each has graphs of its own: for the first micro-batch of a step and
         # the others, before responses have a scale and after, in steps in which it competes and in others.
@@ -154,6 +156,16 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
         for layer in model.model.layers:
             layer.compile(dynamic=False)
     return model
+
+
+def say_experts_dtype(model: MoestroForCausalLM, recipe: Recipe, console: Console) -> None:
+    """Print the dtype in which the experts really multiply: a backend may decide it against autocast."""
+    if not model.config.has_experts:
+        return
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.training.dtype == "bfloat16"):
+        found = sorted(str(dtype).removeprefix("torch.") for dtype in experts_dtypes(model))
+    backend = model.config._experts_implementation
+    console.print(f"experts run in {' and '.join(found)} ({backend})", markup=False)
 
 
 def build_trainer(
