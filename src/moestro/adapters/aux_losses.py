@@ -41,8 +41,9 @@ from moestro.routing import MoELayer
 logger = logging.getLogger(__name__)
 
 Over = Literal["sequence", "batch", "lagged"]
-"""Which tokens a statistic is taken over: each sequence's own; the micro-batch's (over all ranks; with accumulation the
-gradient depends on the cut); or the previous optimiser step's, which is exact under any cut and uniform at first."""
+"""Which tokens a statistic is taken over: each sequence's own; the micro-batch's over all ranks, in which every token
+counts alike, whatever its row's labels (the papers' equations, value and gradient; with accumulation they depend on the
+cut); or the previous optimiser step's, which is exact under any cut and uniform at first."""
 
 
 @dataclass(kw_only=True)
@@ -121,6 +122,10 @@ class AuxLosses:
             raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
         if self.diversity and self.compete is not None and not self.compete.forward:
             raise Misuse("diversity looks at winners that run: set forward, or diversity to 0")
+
+    def over(self, name: str) -> Over | None:
+        """Which tokens the statistic of a loss is taken over; None if it has none."""
+        return {"balance": self.balance_over, "variance": self.variance_over}.get(name)
 
     @property
     def scales_known(self) -> bool:

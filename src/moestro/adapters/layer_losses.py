@@ -18,7 +18,6 @@ from moestro.losses import (
     balance_per_sequence,
     distillation,
     diversity,
-    load_share,
     mean_scores,
     orthogonality,
     router_orthogonality,
@@ -103,6 +102,9 @@ class LayerLosses:
         value = self.functions()[name](record)
         if name in OF_WEIGHTS:
             return value * share.sum()  # type: ignore[operator]
+        if self.aux.over(name) == "batch":  # every token counts alike, as in the papers' equations
+            count = over_ranks(value.count.sum()).clamp_min(1)  # type: ignore[union-attr]
+            return value.sum.sum() / count * over_ranks(share.sum())  # type: ignore[union-attr]
         if share.shape != value.sum.shape:  # type: ignore[union-attr]
             share = share.sum()[None]  # the layer was given other tokens than the batch's: all of them as one sequence
         return (value.sum / value.count.clamp_min(1) * share).sum()  # type: ignore[union-attr]
@@ -134,8 +136,8 @@ class LayerLosses:
         if self.aux.balance_over == "lagged":
             load = self.lagged_load if self.lagged_load is not None else self.uniform(record)
             return balance_against(record, load)
-        load = load_share(record).detach()
-        return balance_against(record, over_ranks(load) / over_ranks(torch.ones_like(load)))
+        edges = over_ranks(choices(record.routing, record.batch, self.layer.num_experts))
+        return balance_against(record, edges / edges.sum().clamp_min(1))
 
     def variance(self, record: LayerRecord) -> PerSequence:
         """Routing variance, over what `variance_over` says."""

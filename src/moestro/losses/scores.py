@@ -62,9 +62,10 @@ def variance(
 ) -> PerSequence:
     """Negative variance of the routing: each token contributes -(1/n) sum_j (s_ij - mean_j)^2, n experts.
 
-    `mean` is taken as given. The mean s of the whole batch has Eq. 7's value and its exact gradient, as
-    sum_i (s_ij - mean_j) = 0; the mean of the step before is exact under any cut of the batch. The row form has 1/n in
-    its place: it is content with all tokens on one expert.
+    `mean` is taken as given. With the mean s of the whole batch, and where every token counts alike, it has Eq. 7's
+    value and its exact gradient, as sum_i (s_ij - mean_j) = 0: `AuxLosses(variance_over="batch")`. If tokens count by
+    their row's labels, as with the mean of the step before, it is a variance with other weights, exact under any cut of
+    the batch. The row form has 1/n in the mean's place: it is content with all tokens on one expert.
     A token whose sum_j (s_ij - mean_j)^2 exceeds `cap` counts as `cap` and has no gradient: the loss pushes s to
     one-hot and would never stop. With one expert per token s is 1, whatever the router says: no gradient at all.
 
