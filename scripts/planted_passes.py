@@ -73,4 +73,18 @@ BUGS = [
         "self.terms = terms",
         "test_rows_and_runs",
     ),
+    Bug(
+        "silence: a copy made by DataParallel goes unseen",
+        "adapters/watch.py",
+        'if getattr(model, "_is_replica", False):',
+        "if False:",
+        "test_silence",
+    ),
+    Bug(
+        "silence: nobody says that the model is in evaluation mode",
+        "adapters/aux_losses.py",
+        "self._silence.look_at_pass(current, inputs)",
+        "pass",
+        "test_silence",
+    ),
 ]

@@ -28,6 +28,7 @@ from moestro.adapters.layer_losses import NOTHING_SEEN, LayerLosses
 from moestro.adapters.layers import moe_layers
 from moestro.adapters.native import native_balance_off
 from moestro.adapters.selection_bias import keep_with_adapter, warn_if_not_kept
+from moestro.adapters.silence import Silence
 from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
@@ -108,6 +109,7 @@ class AuxLosses:
     """The losses that the model returned in these passes, while something is to be measured beside them."""
     _compiled: bool = field(default=False, init=False, repr=False)
     _watch: Watch | None = field(default=None, init=False, repr=False)
+    _silence: Silence = field(default_factory=Silence, init=False, repr=False)
     _trainer: TrainerBatch | None = field(default=None, init=False, repr=False)
     _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _biases_due: bool = field(default=False, init=False, repr=False)
@@ -212,6 +214,8 @@ class AuxLosses:
         elif not self._trainer.computes_loss:
             return  # somebody else's pass: its loss is not the trainer's
         if not current.training:
+            if self.weights:
+                self._silence.look_at_pass(current, inputs)
             return
         if self.balance and inputs.get("output_router_logits"):
             raise Misuse(
@@ -266,6 +270,7 @@ class AuxLosses:
         parts = [torch.stack([*values.values()]) for values in weighted]
         self.weighted = dict(zip(weighted[0], (torch.stack(parts).detach().sum(0) / divisor).unbind(), strict=True))
         total = torch.stack([part.sum() for part in parts]).sum()
+        self._silence.look_at_total(total)
         self._check_finite(total, passes)
         self._measure({name: sum(w[name] for w in weighted) / divisor for name in unmeasured(self)}, task)
         return total / divisor if divisor > 1 else total

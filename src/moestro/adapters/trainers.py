@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState
 
 from moestro.adapters.batch import TrainerBatch
 from moestro.adapters.loss_log import LossLog
+from moestro.adapters.watch import DATA_PARALLEL
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | None) -> Iterator[None]:
     """Wrap `compute_loss`, the one seam that all trainers share, and `log`, until the context ends."""
     assert trainer.model is not None
+    if trainer.args.n_gpu > 1:  # the Trainer then wraps the model when it begins to train
+        raise Misuse(DATA_PARALLEL)
     batch, apart = TrainerBatch(), LossLog()
     original, log = trainer.compute_loss, trainer.log
     own = {name: trainer.__dict__[name] for name in ("compute_loss", "log") if name in trainer.__dict__}

@@ -25,6 +25,11 @@ from moestro.routing import LayerRecord, MoELayer
 
 WATCH = "_moestro_watch"
 
+DATA_PARALLEL = (
+    "nn.DataParallel (the Trainer with several GPUs in one process) copies the model for every pass, and the copies go "
+    "unseen: start one process per GPU, as torchrun --nproc_per_node=N does, or show one GPU in CUDA_VISIBLE_DEVICES"
+)
+
 
 @dataclass(eq=False, kw_only=True)
 class Listener:
@@ -127,6 +132,8 @@ class Watch:
         return found[0] if found else None
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if getattr(model, "_is_replica", False):
+            raise Misuse(DATA_PARALLEL)
         if model is not self.model or self._is_run_again():
             return
         inputs = dict(zip(self._names, args, strict=False)) | kwargs | self.withheld
@@ -189,6 +196,8 @@ def consumer(listener: Listener, layer: MoELayer) -> Callable[[LayerRecord], Non
 @contextmanager
 def watch(model: nn.Module, listener: Listener, layers: Sequence[MoELayer] | None = None) -> Iterator[Watch]:
     """Let `listener` hear of every pass of `model` until the context ends. `layers`: handles of your own making."""
+    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+        raise Misuse(DATA_PARALLEL)
     model = inner_model(model)
     found: Watch | None = getattr(model, WATCH, None)
     watching = found or Watch(model, layers or moe_layers(model))
