@@ -74,6 +74,8 @@ def good() -> Path:
 def damage(draw: random.Random, folder: Path, names: list[str]) -> None:
     """Damage one file in one way."""
     path = folder / draw.choice(names)
+    if path.is_dir():  # damaged once already
+        return
     ways: list[Callable[[], object]] = [
         lambda: replace(path, draw.choice(RAW)),
         lambda: replace(path, path.read_bytes()[: draw.randrange(1, 2000)] if path.is_file() else b"x"),

@@ -406,7 +406,7 @@ def test_refusals(tmp_path: Path, unchecked: None):
         trainer_of(dense, arguments(tmp_path), RoutingCallback()).train()
     with pytest.raises(Misuse, match="mode must be one of brief, detailed, got 'long'"):
         RoutingCallback("long")  # type: ignore[arg-type]
-    with pytest.raises(Misuse, match="every must be 1 or more, got 0"):
+    with pytest.raises(Misuse, match="every must be at least 1, got 0"):
         RoutingCallback("detailed", every=0)
     with pytest.raises(Misuse, match='needs mode="detailed"'):
         RoutingCallback(every=3)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from competing import OneLayer, batch
 from moestro import AuxLosses, Compete, Routing
-from moestro.adapters import moe_layers, reroute
+from moestro.adapters import freeze, moe_layers, parameter_groups, reroute
 from moestro.errors import Misuse, TrainingFailed
 
 ABSENT: list[tuple[Callable[[Routing], Any], str]] = [
@@ -68,3 +68,18 @@ def test_tokens_without_a_response_are_told_of_once(caplog: pytest.LogCaptureFix
     assert [record.getMessage() for record in caplog.records] == [
         "8 of 32 competing tokens at layer have no finite response"
     ]
+
+
+NO_MODEL: list[Callable[[Any], Any]] = [
+    lambda given: AuxLosses(balance=1.0).attach(given).__enter__(),
+    lambda given: reroute(given, {}).__enter__(),
+    lambda given: parameter_groups(given, 1e-3),
+    lambda given: freeze(given, "router"),
+]
+
+
+@pytest.mark.parametrize("call", NO_MODEL, ids=["attach", "reroute", "parameter_groups", "freeze"])
+@pytest.mark.parametrize("given", [None, 3, "mixtral"])
+def test_what_is_no_model_is_refused(call: Callable[[Any], Any], given: Any, unchecked: None):
+    with pytest.raises(Misuse, match=f"must be a torch.nn.Module, got {type(given).__name__}"):
+        call(given)

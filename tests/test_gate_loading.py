@@ -21,6 +21,7 @@ from moestro.errors import Misuse
 from moestro.gate.loading import load_adapter, load_config, load_model, load_saved_rows
 from moestro.inspection import describe, find
 from moestro.inspection.checkpoints import load, model_class
+from moestro.training.runs import check_folder
 
 SOURCE = Path(__file__).parent.parent / "src" / "moestro"
 LOADERS = {"from_pretrained", "load_dataset", "load_from_disk", "load_state_dict_from_url"}
@@ -281,3 +282,9 @@ def test_nobody_else_loads():
     ]
     answers = {node.value.value for node in trusting if node.arg == "trust_remote_code"}  # type: ignore[attr-defined]
     assert answers == {False}
+
+
+def test_a_pipe_in_a_runs_folder_is_refused(tmp_path: Path):
+    pipe(tmp_path, "run.json")
+    with pytest.raises(Misuse, match=r"run.json must be a file, got a device or a pipe"):
+        check_folder(tmp_path)

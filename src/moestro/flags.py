@@ -40,6 +40,8 @@ class DataFlags:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not all(self.text_column.split("+")):
+            raise Misuse(f"text_column must be a column's name, or several joined by +, got {shown(self.text_column)}")
 
     def prepare(self, recipe: Recipe) -> PreparedData:
         """The data for one recipe."""
@@ -47,7 +49,7 @@ class DataFlags:
         train, held_out = (None, MAX_HELD_OUT_BYTES) if self.data else (DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES)
         return prepare(
             self.data,
-            tokenizer=self.tokenizer or recipe.model.vocab_size,
+            tokenizer=recipe.model.vocab_size if self.tokenizer is None else self.tokenizer,
             sequence_length=t.sequence_length,
             text_column=self.text_column,
             max_bytes=train if self.max_bytes is None else self.max_bytes,

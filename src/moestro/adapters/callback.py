@@ -17,6 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 
 from moestro.adapters.meter import RoutingMeter
 from moestro.errors import Misuse
+from moestro.gate.ranges import Steps, check
 from moestro.metrics import RoutingFigures
 from moestro.records import write_atomically
 
@@ -73,8 +74,7 @@ class RoutingCallback(TrainerCallback):
             raise Misuse(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
         if every is not None and mode == "brief":
             raise Misuse('every says in which steps to look at details: it needs mode="detailed"')
-        if every is not None and every < 1:
-            raise Misuse(f"every must be 1 or more, got {every}")
+        check("every", every, Steps | None)
         self.mode, self.every, self.file, self.per_layer = mode, every, file, per_layer
         self.meter = RoutingMeter(training=True)
         self._due = True

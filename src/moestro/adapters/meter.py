@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from moestro.adapters.tap import TAP, Pass, Tap
 from moestro.adapters.watch import Listener, Watch, watch
+from moestro.gate.ranges import Steps, check
 from moestro.joint_routing import JointFigures, JointSums, joint_figures, joint_sums, no_joint_sums
 from moestro.metrics import RoutingFigures, RoutingSums, no_sums, routing_figures, routing_sums
 from moestro.routing import LayerRecord, MoELayer, Routing
@@ -31,6 +32,7 @@ class RoutingMeter:
     """
 
     def __init__(self, num_domains: int = 1, *, training: bool = False) -> None:
+        check("num_domains", num_domains, Steps)
         self.num_domains, self.training = num_domains, training
         self.detailed = False
         """Whether passes are looked at in detail: overlap and cosines, of a sample of `SAMPLE` tokens."""

@@ -62,9 +62,9 @@ def parameter_groups(
     rates = {"router": router, "experts": experts, "rest": 1.0}
     for name, rate in (*rates.items(), ("learning_rate", learning_rate), ("weight_decay", weight_decay)):
         check(name, rate, Weight)
+    part_of = parts(model)
     decayed = set(get_parameter_names(model, [nn.LayerNorm], NOT_DECAYED))
     groups: dict[tuple[Part, bool], list[Tensor]] = {}
-    part_of = parts(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((part_of.get(name, "rest"), name in decayed), []).append(parameter)

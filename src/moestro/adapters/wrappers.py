@@ -8,6 +8,8 @@ import re
 
 from torch import nn
 
+from moestro.errors import Misuse
+
 HELD_AS = ("base_layer", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names under which wrappers hold the module that they run: LoRA, torch.compile, activation checkpointing, FSDP."""
 
@@ -16,6 +18,8 @@ OF_WRAPPERS = re.compile(rf"(^|\.)({'|'.join(HELD_AS)}|original_module|modules_t
 
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the model of transformers inside what data parallelism, torch.compile and PEFT wrap around it."""
+    if not isinstance(model, nn.Module):
+        raise Misuse(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     while callable(getattr(model := unwrapped(model), "get_base_model", None)):
         model = model.get_base_model()  # type: ignore[operator]
     return model

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moestro.errors import Misuse
+from moestro.gate.paths import user_path
 
 CHECKSUMS = "checksums.json"
 _BUILDING = ".building-"
@@ -20,7 +21,7 @@ _LOCK = "lock"
 
 def default_cache_dir() -> Path:
     """Return `$MOESTRO_CACHE`, else `~/.cache/moestro`."""
-    return Path(os.environ.get("MOESTRO_CACHE") or "~/.cache/moestro").expanduser()
+    return user_path(os.environ.get("MOESTRO_CACHE") or "~/.cache/moestro")
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None], *, expected: Iterable[str] = ()) -> Path:

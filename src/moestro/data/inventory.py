@@ -8,6 +8,7 @@ from pathlib import Path
 from moestro.data import standard_library
 from moestro.data.folders import expand
 from moestro.data.sources import parse_source
+from moestro.gate.paths import user_path
 
 
 def inventory(sources: Sequence[str], *options: object) -> str | None:
@@ -30,7 +31,7 @@ def inventory(sources: Sequence[str], *options: object) -> str | None:
 
 def _files(place: str) -> Iterator[Path]:
     """Yield the files of a file's, folder's or glob's name; nothing where there is none."""
-    path = Path(place).expanduser()
+    path = user_path(place)
     for match in [path] if path.exists() else sorted(map(Path, set(expand(str(path))))):
         if match.is_dir():
             yield from _below(match)

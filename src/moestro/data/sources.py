@@ -140,7 +140,10 @@ def _read_data_set(source: Source, name: str, config: str, split: str) -> Iterat
 
 
 def _exists(place: str) -> bool:
-    return Path(place).expanduser().exists()
+    try:
+        return user_path(place).exists()
+    except Misuse:  # LABEL=PATH may be longer than a name can be
+        return False
 
 
 def _is_unicode(text: str) -> bool:

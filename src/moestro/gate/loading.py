@@ -6,6 +6,7 @@ one Misuse, and what would take the machine down is refused before the library s
 """
 
 import json
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -125,19 +126,23 @@ def load_saved_rows(folder: str, problem: str) -> Any:
 
 def check_folder(folder: Path) -> None:
     """Raise Misuse if a folder holds pipes or devices, or configs too large to be ones. A name on the hub passes."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        try:
-            status = path.stat()
-        except OSError:  # a link to nothing: the library says that the file is not there
-            continue
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-            raise Misuse(f"{path.name} must be a file, got a device or a pipe")
+    for path, status in contents(folder):
         small = 64 * 2**20 if path.match(INDEX) else 16 * 2**20
         most = LARGEST_JSON.get(path.name, small)
         if path.suffix in (".json", ".jinja") and status.st_size > most:
             raise Misuse(f"{path.name} must have at most {most // 2**20} MiB, got {status.st_size / 2**20:,.0f}")
+
+
+def contents(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield what a folder holds, nothing if there is none; Misuse at a pipe or a device, which would never end."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            status = path.stat()
+        except OSError:  # a link to nothing: who reads it says that the file is not there
+            continue
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+            raise Misuse(f"{path} must be a file, got a device or a pipe")
+        yield path, status
 
 
 def check_config(stored: Any) -> None:

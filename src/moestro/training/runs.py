@@ -14,6 +14,7 @@ from typing import Any
 
 from moestro.data.preparation import PreparedData
 from moestro.errors import Misuse
+from moestro.gate.loading import contents
 from moestro.records import write_atomically
 from moestro.training.environment import environment
 from moestro.training.owner import LOCK, check_writable
@@ -41,7 +42,7 @@ def check_folder(folder: Path) -> None:
     """
     if not os.path.exists(folder / SUMMARY):  # a finished run is only read
         check_writable(folder)
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {path.name for path, _ in contents(folder)}
     if RUN not in names and names - LEFT_BY_A_START:
         raise Misuse(f"{folder} must be empty or hold a run of moestro: it has files but no {RUN}")
 
