@@ -43,9 +43,7 @@ def together(work: Callable[[], Result]) -> Result:
     dist.all_gather_object(errors, error, group=_waiting[0])
     for place, found in enumerate(errors):
         if found is not None:
-            shared = error if error is not None and place == rank() else found
-            shared.__dict__["rank"] = place
-            raise shared
+            raise shared(error if error is not None and place == rank() else found, place)
     return result  # type: ignore[return-value]
 
 
@@ -54,9 +52,9 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
     result = together(lambda: work() if rank() == 0 else None)
     if not _waiting:
         return result  # type: ignore[return-value]
-    shared = [result]
-    dist.broadcast_object_list(shared, src=0, group=_waiting[0])
-    return shared[0]  # type: ignore[return-value]
+    results = [result]
+    dist.broadcast_object_list(results, src=0, group=_waiting[0])
+    return results[0]  # type: ignore[return-value]
 
 
 def first_rank_first(work: Callable[[], Result]) -> Result:
@@ -90,6 +88,13 @@ def wait_for_all() -> None:
     """Return on each rank once every rank has come here."""
     if _waiting:
         dist.barrier(group=_waiting[0])
+
+
+def shared(error: Exception, place: int = 0) -> Exception:
+    """Mark an error that all ranks raise together, and that rank `place` reports."""
+    if _waiting:
+        vars(error)["rank"] = place
+    return error
 
 
 def is_shared(error: BaseException) -> bool:

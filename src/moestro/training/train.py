@@ -29,7 +29,7 @@ from moestro.training.memory import forget_peak, peak_memory_bytes
 from moestro.training.owner import owned
 from moestro.training.precision import faster_dtype
 from moestro.training.progress import MetricsFile, ProgressBar
-from moestro.training.ranks import agree_on, join, on_first_rank
+from moestro.training.ranks import agree_on, join, on_first_rank, shared
 from moestro.training.recipe import Recipe
 from moestro.training.resume import resume_point
 from moestro.training.runs import (
@@ -131,7 +131,8 @@ def train_on(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, con
             stack.enter_context(interruption.listening())
             trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if interruption.requested and trainer.state.global_step < steps:
-        raise Interrupted(f"stopped at step {trainer.state.global_step}; the same command goes on from there")
+        step = trainer.state.global_step
+        raise shared(Interrupted(f"stopped at step {step}; the same command goes on from there"))
     seconds = time.perf_counter() - start
     memory = peak_memory_bytes() if peak_is_known else None
     return finish(trainer, model, recipe, data, folder, seed=seed, seconds=seconds, memory=memory)
