@@ -108,14 +108,17 @@ def test_a_checkpoint_under_another_name_is_refused(finished, tmp_path, monkeypa
 
 
 def test_unfinished_checkpoints_go(finished, tmp_path, monkeypatch, capsys):
-    """Else they count among those that are kept, and the only complete one may go in their place."""
+    """Else they count among those that are kept, and what they left is marked with what is written there again."""
     run, arguments = finished
     folder = unfinished_copy(run, tmp_path / "run")
-    (folder / f"checkpoint-{STEPS}" / "complete.json").rename(folder / f"checkpoint-{STEPS}" / "complete.json.part")
+    last = folder / f"checkpoint-{STEPS}"
+    (last / "complete.json").rename(last / "complete.json.part")
+    (last / "model-00001-of-00002.safetensors").write_bytes(b"of another cut")
     assert again(monkeypatch, arguments, folder) == 0
     assert "was never finished" in capsys.readouterr().err
     assert_same_run(folder, run)
-    assert not (folder / f"checkpoint-{STEPS}" / "complete.json.part").exists()
+    names = [{path.name for path in (place / last.name).iterdir()} for place in (folder, run)]
+    assert names[0] == names[1]
 
 
 def test_killed_in_its_first_moments_a_run_starts_again(finished, tmp_path, monkeypatch):
