@@ -113,7 +113,7 @@ def test_unfinished_checkpoints_go(finished, tmp_path, monkeypatch, capsys):
     folder = unfinished_copy(run, tmp_path / "run")
     last = folder / f"checkpoint-{STEPS}"
     (last / "complete.json").rename(last / "complete.json.part")
-    (last / "model-00001-of-00002.safetensors").write_bytes(b"of another cut")
+    (last / "rng_state_1.pth").write_bytes(b"of a second rank")
     assert again(monkeypatch, arguments, folder) == 0
     assert "was never finished" in capsys.readouterr().err
     assert_same_run(folder, run)
