@@ -2,11 +2,11 @@
 
     python scripts/kill_runs.py --kills 10 --only last-evaluation --folder /tmp/kills
 
-Four kinds of kill, each by SIGKILL: `anywhere` in `moestro train`, in its `last-evaluation`, of one of two `ranks` (the
-other one is then ended, as a launcher does it), and anywhere in `compare`. Compared bit by bit: weights, losses per
-document, and, but for times, metrics, summaries and comparison. Results are kept in --folder, so that the script itself
-goes on where it was stopped. Processes are forked from one that has imported everything, or with --torchrun, where two
-ranks are meant, started by it.
+Five kinds of kill, each by SIGKILL: `anywhere` in `moestro train`, in its `last-evaluation`, of one of two `ranks` (the
+other one is then ended, as a launcher does it), anywhere in `compare`, and of one of its two ranks (`ranks-compare`).
+Compared bit by bit: weights, losses per document, and, but for times, metrics, summaries and comparison. Results are
+kept in --folder, so that the script itself goes on where it was stopped. Processes are forked from one that has
+imported everything; with --torchrun, two ranks are started by it.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 import psutil
 from safetensors.numpy import load_file
 
-KINDS = ("anywhere", "last-evaluation", "ranks", "compare")
+KINDS = ("anywhere", "last-evaluation", "ranks", "compare", "ranks-compare")
 STEPS, BATCH = 16, 128
 RECIPE = "deepseek-v3+compete:balance_over=lagged,balance=0.05,rate=0.1,start=0"
 SMALL = ["--sequence-length", "32", "--batch-tokens", str(BATCH), "--vocab-size", "300", "--dtype", "float32"]
@@ -51,7 +51,7 @@ def write_corpus(folder: Path) -> list[str]:
 
 def command(kind: str, corpus: list[str], out: Path) -> list[str]:
     """The arguments of `moestro`."""
-    if kind == "compare":
+    if kind.endswith("compare"):
         what = ["compare", "smoe", "fine-grained", "--seeds", "1", "--allow-unequal"]
     else:
         what = ["train", RECIPE]
@@ -156,7 +156,7 @@ def has_begun(kind: str, out: Path) -> bool:
 
 def left_alone(kind: str, corpus: list[str], out: Path, torchrun: bool) -> float:
     """Run to the end; returns the seconds of the part in which others are killed."""
-    ranks, log = (2 if kind == "ranks" else 1), out.with_suffix(".log")
+    ranks, log = (2 if kind.startswith("ranks") else 1), out.with_suffix(".log")
     start = Start(command(kind, corpus, out), ranks, log, torchrun)
     while not has_begun(kind, out) and start.alive():
         time.sleep(0.005)
@@ -170,7 +170,7 @@ def kill_once(
     kind: str, corpus: list[str], out: Path, seconds: float, draw: random.Random, torchrun: bool
 ) -> dict[str, Any]:
     """Kill a run at a random moment, start it again until it ends by itself, and compare."""
-    ranks, log = (2 if kind == "ranks" else 1), out.with_suffix(".log")
+    ranks, log = (2 if kind.startswith("ranks") else 1), out.with_suffix(".log")
     for attempt in range(20):
         shutil.rmtree(out, ignore_errors=True)
         start = Start(command(kind, corpus, out), ranks, log, torchrun)

@@ -102,4 +102,4 @@ def test_killed_anywhere_all_is_the_same(tmp_path: Path):
     command = [sys.executable, str(script), "--kills", "1", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("the same") == 4
+    assert done.stdout.count("the same") == 5
