@@ -1,7 +1,9 @@
 """Hostile files: texts, tokenizers, checkpoints, adapters and folders of runs."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import pickle
 import random
@@ -257,75 +259,63 @@ def adapter(draw: random.Random, folder: Path) -> Case:
     return Case(argv=["inspect", str(place), *data])
 
 
+ENDINGS = [".txt", ".md", ".py", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".ndjson", ".jsonl.gz", ".txt.gz"]
+ENDINGS += [".jsonl.zst", ".txt.bz2", ".arrow", ".xz"]
+CONTENTS = [b"text\n", b'"a\n', b"a,b,c\n1\n", b"[]\n", b'{"text": 3}\n', b'{"text": null}\n', b'{"other": "x"}\n']
+CONTENTS += [b'{"text": "\\ud800"}\n', b'{"text": "a b c"}\n', b"# coding: rot13\nprint(1)\n", b"# coding: nothing\n"]
+CONTENTS += [b"# -*- coding: hex -*-\n", b"# coding: unicode_escape\n\\ud800", b"text\n\xff\xfe\n", b"a\0b\n"]
+FILES = [
+    "a",
+    "\x1b[31m",
+    "\u202ex",
+    "a\nb",
+    "é" * 80,
+    "x" * 240,
+    "-rf",
+    "LABEL=x",
+    "a::b",
+    "$(touch ran)",
+    "\udcff",
+    "[a]",
+]
+
+
 def corpus(draw: random.Random, folder: Path) -> Case:
-    """Prepare texts that are none, or not what their names say."""
+    """Prepare texts that are none, or not what their names say, alone or among good ones."""
     place = texts(draw, folder)
-    endings = [
-        ".txt",
-        ".md",
-        ".py",
-        ".jsonl",
-        ".json",
-        ".csv",
-        ".tsv",
-        ".parquet",
-        ".jsonl.gz",
-        ".txt.gz",
-        ".zst",
-        ".bz2",
-        ".arrow",
-        "",
-        ".xz",
-    ]
-    rows = [
-        b'{"text": "a b c"}\n',
-        b'{"text": 3}\n',
-        b'{"text": "\\ud800"}\n',
-        b'{"text": null}\n',
-        b"[]\n",
-        b'{"other": "x"}\n',
-        b"text\n",
-        b'"a\n',
-        b"a,b,c\n1\n",
-    ]
-    python = [
-        b"# coding: rot13\nprint(1)\n",
-        b"# coding: nothing\n",
-        b"# -*- coding: hex -*-\n",
-        b"# coding: unicode_escape\n\\ud800",
-    ]
-    names = ["a", "\x1b[31m", "\u202ex", "a\nb", "é" * 80, "x" * 240, "-rf", "LABEL=x", "a::b", "$(touch ran)"]
-    for _ in range(draw.randrange(1, 5)):
-        path = place / (draw.choice(names) + draw.choice(endings))
-        data = draw.choice(
-            [
-                draw.choice(RAW),
-                draw.choice(rows) * draw.choice([1, 50]),
-                draw.choice(python),
-                draw.randbytes(500),
-                gzip.compress(b"\0" * 10**7),
-            ]
-        )
-        if not path.exists():
-            path.write_bytes(gzip.compress(data) if path.suffix == ".gz" and draw.random() < 0.6 else data)
+    made = [path for _ in range(draw.randrange(1, 5)) if (path := text_file(draw, place)) is not None]
     if draw.random() < 0.3:
         (place / "loop").symlink_to(place)
         os.mkfifo(place / "pipe.txt")
-    named = draw.choice([place, *list(place.iterdir())])
-    source = (
-        draw.choice(["", "", "L=", "\x1b[2J=", "=", "hf:"])
-        + str(named)
-        + draw.choice(["", "", "::text", "::", "::a+b", "/**"])
+    named = str(draw.choice([place, place, *made]))
+    prefix, suffix = (
+        draw.choice(["", "", "", "L=", "\x1b[2J=", "=", "hf:"]),
+        draw.choice(["", "", "", "::text", "::", "::a+b", "/**"]),
     )
-    flags = draw.choice(
-        [
-            [],
-            ["--text-column", draw.choice(["text", "", "+", "a+b", "\x1b"])],
-            ["--max-bytes", "100"],
-            ["--max-held-out-bytes", "1"],
+    flags = [[], [], ["--text-column", draw.choice(["text", "", "+", "a+b", "\x1b"])], ["--max-bytes", "100"]]
+    out = ["--out", str(folder / "out"), *SMALL]
+    return Case(
+        argv=[
+            "train",
+            "smoe",
+            "--data",
+            prefix + named + suffix,
+            *out,
+            *draw.choice([*flags, ["--max-held-out-bytes", "1"]]),
         ]
     )
-    return Case(argv=["train", "smoe", "--data", source, "--out", str(folder / "out"), *SMALL, *flags])
+
+
+def text_file(draw: random.Random, place: Path) -> Path | None:
+    """Make a file that is not what its name says; None where there is one already."""
+    path = place / (draw.choice(FILES) + draw.choice(ENDINGS))
+    data = [draw.choice(RAW), draw.choice(CONTENTS) * draw.choice([1, 50]), draw.randbytes(500), b"\0" * 10**7]
+    content = draw.choice([*data, b'{"text": "' + b"expert router token " * 100 + b'"}\n' + draw.choice(CONTENTS)])
+    if path.exists():
+        return None
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(path.suffix)
+    path.write_bytes(packed(content) if packed and draw.random() < 0.7 else content)
+    return path
 
 
 def run_folder(draw: random.Random, folder: Path) -> Case:

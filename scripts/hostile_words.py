@@ -162,21 +162,25 @@ def word(draw: random.Random) -> str:
 def command(draw: random.Random, folder: Path) -> Case:
     """A command with flags and values that may not fit."""
     argv = [draw.choice(["train", "compare", "inspect", "recipes", "recipes", word(draw)])]
-    argv += [draw.choice([draw.choice(HEADS), word(draw)]) for _ in range(draw.randrange(3))]
+    fits = draw.random() < 0.5  # all but the values of flags
+    argv = [draw.choice(["train", "compare", "recipes"])] if fits else argv
+    heads = {"train": 1, "recipes": 0}.get(argv[0], draw.randrange(3))
+    argv += [draw.choice(HEADS) if fits else draw.choice([draw.choice(HEADS), word(draw)]) for _ in range(heads)]
     for _ in range(draw.randrange(1, 4)):
         argv.append(draw.choice(FLAGS))
-        argv += [word(draw) for _ in range(draw.choice([0, 1, 1, 1, 2]))]
+        argv += [word(draw) for _ in range(1 if fits else draw.choice([0, 1, 1, 1, 2]))]
     return Case(argv=[*argv, *draw.choice([[], ["--dry-run"], ["--data", "nowhere"]])])
 
 
 def spec(draw: random.Random, folder: Path) -> Case:
     """A recipe with fields and variants that may not fit."""
-    fields = [
-        f"{draw.choice(FIELDS)}{draw.choice(['=', '=', '=', '', '==', ':'])}{word(draw)}"
-        for _ in range(draw.randrange(4))
-    ]
-    text = draw.choice([*HEADS, word(draw)]) + draw.choice(["", "+", "++compete", "+tied+tied", "+" + word(draw)])
-    text += draw.choice([":", ":", "", "::"]) + draw.choice([",", ",", ",,", ";"]).join(fields)
+    fields = []
+    for _ in range(draw.randrange(4)):
+        value = draw.choice([word(draw), draw.choice(["1", "2", "4", "8", "0.5", "none", "true"])])
+        fields.append(f"{draw.choice(FIELDS)}{draw.choice(['=', '=', '=', '=', '=', '=', '', '==', ':'])}{value}")
+    text = draw.choice([*HEADS, *HEADS, word(draw)])
+    text += draw.choice(["", "", "", "+", "++compete", "+tied+tied", "+" + word(draw)])
+    text += draw.choice([":", ":", ":", "", "::"]) + draw.choice([",", ",", ",,", ";"]).join(fields)
     return Case(argv=[draw.choice(["train", "compare"]), text, "--dry-run"])
 
 

@@ -196,9 +196,9 @@ def consumer(listener: Listener, layer: MoELayer) -> Callable[[LayerRecord], Non
 @contextmanager
 def watch(model: nn.Module, listener: Listener, layers: Sequence[MoELayer] | None = None) -> Iterator[Watch]:
     """Let `listener` hear of every pass of `model` until the context ends. `layers`: handles of your own making."""
-    if any(isinstance(module, nn.DataParallel) for module in model.modules()):
+    outer, model = model, inner_model(model)
+    if any(isinstance(module, nn.DataParallel) for module in outer.modules()):
         raise Misuse(DATA_PARALLEL)
-    model = inner_model(model)
     found: Watch | None = getattr(model, WATCH, None)
     watching = found or Watch(model, layers or moe_layers(model))
     if listener.adds_losses and watching.adds_losses:
