@@ -87,4 +87,11 @@ BUGS = [
         "pass",
         "test_silence",
     ),
+    Bug(
+        "passes: gradients are measured through a selective checkpoint, which is then used up",
+        "adapters/tap.py",
+        "current.selective = current.selective or torch._C._len_torch_dispatch_stack() > 0",
+        "pass",
+        "test_recomputation",
+    ),
 ]

@@ -110,5 +110,5 @@ def test_a_trainer_logs_it_once(rows: int, tmp_path: Path, caplog: Any):
 def test_compiled_models_are_not_measured():
     model, aux = outlier_model(), AuxLosses(**RUINOUS)
     model.model.layers[0].compile()
-    found = measure(aux, model, {}, torch.zeros(()), compiled=False)
+    found = measure(aux, model, {}, torch.zeros(()), once="")
     assert found.keys() == {"orthogonality"} and found["orthogonality"] != found["orthogonality"]

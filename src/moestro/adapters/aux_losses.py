@@ -107,7 +107,7 @@ class AuxLosses:
     _passes: list[list[dict[str, Tensor]]] = field(default_factory=list, init=False, repr=False)
     _tasks: list[Tensor] = field(default_factory=list, init=False, repr=False)
     """The losses that the model returned in these passes, while something is to be measured beside them."""
-    _compiled: bool = field(default=False, init=False, repr=False)
+    _once: str = field(default="", init=False, repr=False)
     _watch: Watch | None = field(default=None, init=False, repr=False)
     _silence: Silence = field(default_factory=Silence, init=False, repr=False)
     _trainer: TrainerBatch | None = field(default=None, init=False, repr=False)
@@ -243,7 +243,9 @@ class AuxLosses:
             assert self._watch is not None
             self.firings = {tap.layer.name: tap.firings for tap in self._watch.taps}
             self._passes.append([state.terms for state in self._layers])
-            self._compiled = torch.compiler.is_compiling()
+            self._once = "the model is compiled" if torch.compiler.is_compiling() else ""
+            if current.selective:
+                self._once = "it is checkpointed selectively"
             if isinstance(task := getattr(output, "loss", None), Tensor) and unmeasured(self):
                 self._tasks.append(task)
 
@@ -282,7 +284,7 @@ class AuxLosses:
             return
         assert self._watch is not None
         task = sum(tasks[1:], tasks[0]) if task is None and tasks else task
-        self.gradient_ratios |= measure(self, self._watch.model, terms, task, compiled=self._compiled)
+        self.gradient_ratios |= measure(self, self._watch.model, terms, task, once=self._once)
 
     def _weighted(self, terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Each loss of one pass, weighted, over all layers."""

@@ -39,15 +39,16 @@ def unmeasured(aux: "AuxLosses") -> dict[str, str]:
 
 
 def measure(
-    aux: "AuxLosses", model: nn.Module, terms: Mapping[str, Tensor], task: Tensor | None, *, compiled: bool
+    aux: "AuxLosses", model: nn.Module, terms: Mapping[str, Tensor], task: Tensor | None, *, once: str
 ) -> dict[str, float]:
     """Return each such loss's gradient over the task's, at the loss's full weight, and warn where it is too large.
 
     `terms` and `task` are what the gradient is taken of, by all parameters of experts and routers; where neither are
-    trained, by everything that is. NaN: not measured. Empty if this pass's task has no gradient.
+    trained, by everything that is. `once` says why the graph can be gone through only once, or is empty. NaN: not
+    measured. Empty if this pass's task has no gradient.
     """
     parameters, advice = trained(model), unmeasured(aux)
-    if task is None or (why := obstacle(model, parameters, compiled=compiled)):
+    if task is None or (why := obstacle(model, parameters, once)):
         why = "the model returned no loss" if task is None else why
         for name, instead in advice.items():
             logger.warning("%s depends on units, and its gradient was not measured: %s. Safe is %s", name, why, instead)
@@ -74,13 +75,13 @@ def trained(model: nn.Module) -> list[Tensor]:
     return [p for name, p in everything.items() if part_of.get(name, "rest") != "rest"] or [*everything.values()]
 
 
-def obstacle(model: nn.Module, parameters: list[Tensor], *, compiled: bool) -> str:
+def obstacle(model: nn.Module, parameters: list[Tensor], once: str) -> str:
     """Why nothing can be measured; empty where it can."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "parameters are sharded"
-    if compiled or any(module._compiled_call_impl is not None for module in model.modules()):
+    if any(module._compiled_call_impl is not None for module in model.modules()):
         return "the model is compiled"  # its graph can be gone through once
-    return ""
+    return once
 
 
 def norm(loss: Tensor, parameters: list[Tensor]) -> float:

@@ -129,6 +129,8 @@ class Chooser:
             product = listening.widths.index(listening.widths[-1]) if listening.widths else None
         selection = Selection(tokens, experts, banned, noise, product)
         again, expert, weight = self._run(selection, proposed, routed)
+        # Padding that is left without experts has weights of 0 / 0, which attention would spread to other tokens.
+        weight = weight.masked_fill(selection.lacking.to(weight.device)[:, None] & ~weight.isfinite(), 0.0)
         routing = routing_of(self.layer, again, expert, weight)
         self._check(selection, batch, routing)
         return routing, again

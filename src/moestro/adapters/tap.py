@@ -46,6 +46,8 @@ class Pass:
         self.open = True
         """False from the end of the forward on: a layer that runs then is run again, in the backward pass."""
         self.wants_outputs = False
+        self.selective = False
+        """Whether a layer ran in selective checkpointing, whose graph can be gone through once."""
         self.share: Tensor | None = None
         """Set by `AuxLosses`: each sequence's share of the whole batch."""
         self.routed: dict[Tap, list[Any]] = {}
@@ -307,6 +309,7 @@ def tapped(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     )
     tap.report(current, record)
     if current.open and not torch.compiler.is_compiling():
+        current.selective = current.selective or torch._C._len_torch_dispatch_stack() > 0
         current.live_with(mixed, proposed.weight, proposed.logits)
     return mixed
 
