@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import os
 import re
 import resource
@@ -15,20 +16,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-SECONDS, BYTES = 60, 4 * 2**30
-"""What one draw may take; memory is counted from where the draw begins."""
+SECONDS, BYTES = 180, 4 * 2**30
+"""What one draw may take: by the clock, since a pipe that is waited for takes no computing, so with room for a busy
+machine; memory is counted from where the draw begins."""
 STEERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-NOTES = (
-    r"dtype \w+: ",
-    "skipp(ed:|ing) ",
-    "resuming from ",
-    r".*\d+%\|",
-    ".*: skipped ",
-    "domain .* is one short text",
-    ".*examples/s",
-)
-PROGRESS = re.compile(rf"(?!moestro: )({'|'.join(NOTES)})")
-"""Lines that are no complaint: progress, and what was left out of the data."""
+PROGRESS = re.compile(r"dtype \w+: |skipping |resuming from |.*\d+%\||.*examples/s")
 TRACE = "ran"
 
 
@@ -66,6 +58,7 @@ def prepared() -> None:
     """Import what the draws need, so that none of them pays for it."""
     import datasets  # noqa: F401
     import peft  # noqa: F401
+    import torch._dynamo  # noqa: F401
 
     import moestro.cli  # noqa: F401
 
@@ -78,7 +71,8 @@ def attempt(case: Case, folder: Path) -> Outcome:
         return Outcome(case, ended, "code of the files ran")
     if problem:
         return Outcome(case, ended, problem)
-    lines = [line for line in re.split(r"[\r\n]+", said["err"]) if line.strip() and not PROGRESS.match(line)]
+    printed = [line for line in re.split(r"[\r\n]+", said["err"]) if line.strip()]
+    lines = [line for line in printed if not PROGRESS.match(line) and line not in said["notes"].splitlines()]
     if len(lines) > 1:
         return Outcome(case, ended, f"{len(lines)} lines: {ascii(lines)[:600]}")
     if STEERS.search(said["err"] + said["out"]) or any(len(line) > 1500 for line in lines):
@@ -113,7 +107,7 @@ def ending(case: Case) -> tuple[str, str]:
 @contextlib.contextmanager
 def watched(case: Case, folder: Path) -> Iterator[dict[str, str]]:
     """Run within `folder`, told yes to every question, with bounded time and memory; gives what was printed."""
-    said = {"out": "", "err": ""}
+    said = {"out": "", "err": "", "notes": ""}
     before = Path.cwd()
     (folder / "work").mkdir(exist_ok=True)
     with contextlib.ExitStack() as stack:
@@ -121,6 +115,7 @@ def watched(case: Case, folder: Path) -> Iterator[dict[str, str]]:
         stack.enter_context(patch.object(sys, "stdin", io.StringIO("y\n" * 50)))
         stack.enter_context(patch("moestro.training.train.build_model", side_effect=Reached))
         stack.enter_context(patch.dict(os.environ, {"MOESTRO_CACHE": str(folder / "cache")} | case.env))
+        stack.enter_context(noted(said))
         stack.enter_context(captured(said))
         stack.enter_context(bounded())
         os.chdir(folder / "work")
@@ -129,9 +124,26 @@ def watched(case: Case, folder: Path) -> Iterator[dict[str, str]]:
 
 
 @contextlib.contextmanager
+def noted(said: dict[str, str]) -> Iterator[None]:
+    """Keep what the package warns of, such as files left out: each is to be one visible line, and no complaint."""
+    from moestro.gate.visible import one_line
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said["notes"] += one_line(record.getMessage()) + "\n"
+
+    logger, notes = logging.getLogger("moestro"), Notes()
+    logger.addHandler(notes)
+    try:
+        yield
+    finally:
+        logger.removeHandler(notes)
+
+
+@contextlib.contextmanager
 def captured(said: dict[str, str]) -> Iterator[None]:
     """Catch what is printed, by libraries that are not Python too."""
-    files = {name: tempfile.TemporaryFile() for name in said}  # noqa: SIM115
+    files = {name: tempfile.TemporaryFile() for name in ("out", "err")}  # noqa: SIM115
     kept = {name: os.dup(number) for name, number in (("out", 1), ("err", 2))}
     streams = {"out": sys.stdout, "err": sys.stderr}
     for number, name in ((1, "out"), (2, "err")):
