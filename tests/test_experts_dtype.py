@@ -88,6 +88,9 @@ class Tokenizer:
     def __len__(self) -> int:
         return 300
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(index): index for index in range(300)}
+
 
 class Data:
     tokenizer = Tokenizer()
