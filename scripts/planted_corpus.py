@@ -85,6 +85,6 @@ BUGS = [
         "data/spool.py",
         "for document in () if spool.complete else documents:",
         "for document in () if spool.complete else list(documents):",
-        "test_data_building::test_memory_does_not_grow_with_the_text",
+        "test_data_building::test_memory_of_reading_does_not_grow_with_the_text",
     ),
 ]

@@ -17,7 +17,7 @@ from moestro.data.inventory import inventory
 from moestro.data.packing import PackedRows, StreamWriter
 from moestro.data.preparation import PreparedData
 from moestro.data.sources import Document
-from moestro.data.spool import Spool
+from moestro.data.spool import Spool, spooled
 
 
 def write(path: Path, seed: int, count: int = 400) -> Path:
@@ -161,22 +161,31 @@ def test_a_stream_written_in_pieces_is_the_stream(tmp_path: Path):
     assert pieces.document_bytes.tolist() == [0, 10, 20, 30]
 
 
+def hex_documents(count: int) -> Iterator[Document]:
+    """Documents of 32 kB."""
+    for n in range(count):
+        yield Document(text=random.Random(n).randbytes(16_000).hex(), domain="hex", source=str(n))
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most that Python and numpy had allocated at once."""
+    tracemalloc.start()
+    work()
+    size = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return size
+
+
+def test_memory_of_reading_does_not_grow_with_the_text():
+    small, large = (peak(lambda: spooled(hex_documents(count))) for count in (20, 320))  # noqa: B023
+    assert large - small < 10**6 < 320 * 32_000
+
+
 @pytest.mark.parametrize("max_bytes", [None, 100_000])
-def test_memory_does_not_grow_with_the_text(tmp_path: Path, max_bytes: int | None):
-    """Python's and numpy's own allocations, while documents of 32 kB are read, split and gone through."""
-
-    def documents(count: int) -> Iterator[Document]:
-        for n in range(count):
-            text = random.Random(n).randbytes(16_000).hex()
-            yield Document(text=text, domain="hex", source=str(n))
-
-    def peak(count: int) -> int:
-        tracemalloc.start()
-        corpus = split_documents(documents(count), max_bytes=max_bytes, max_held_out_bytes=20_000)
+def test_memory_of_splitting_does_not_grow_with_the_text(max_bytes: int | None):
+    def split(count: int) -> None:
+        corpus = split_documents(hex_documents(count), max_bytes=max_bytes, max_held_out_bytes=20_000)
         assert sum(1 for _ in corpus.train) > 2
-        size = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return size
 
-    small, large = peak(60), peak(60 * (3 if max_bytes is None else 8))  # 2 MB, and 6 or 15 MB
+    small, large = (peak(lambda: split(count)) for count in (60, 180))  # noqa: B023
     assert large - small < 10**6
