@@ -87,4 +87,18 @@ BUGS = [
         "max((f.max_vio_batch for f",
         "test_cut",
     ),
+    Bug(
+        "state: groups of one are taken for experts",
+        "adapters/selection.py",
+        "        if self._groups is not None and scores.shape == (self.tokens, self._groups):",
+        "        if False:",
+        "test_reroute_groups",
+    ),
+    Bug(
+        "state: a choice goes on outside the best groups",
+        "adapters/selection.py",
+        "        if self._in_best is not None and self.banned is not None:",
+        "        if False:",
+        "test_reroute_groups",
+    ),
 ]

@@ -78,7 +78,7 @@ def rerouted(model: nn.Module, tap: Tap, rule: Reroute) -> Iterator[None]:
             layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select, run=tap.answers
         )
         routing = rule(proposal)
-        check_routing(tap.layer, routing, proposed)
+        check_routing(tap.layer, routing, proposed, batch.valid)
         for own, again in selected:
             if own is routing:
                 hand_over(routed, again, proposed)
@@ -158,8 +158,11 @@ class Chooser:
     def _check(self, selection: Selection, batch: Batch, routing: Routing) -> None:
         """Raise Misuse where the rule ran out of experts, or did something that `Selection` does not know."""
         valid = torch.ones_like(batch.sequence, dtype=torch.bool) if batch.valid is None else batch.valid
-        if bool((selection.lacking.to(valid.device) & valid).any()):
-            raise Misuse(f"in {self.layer.name} the rule leaves tokens fewer than top_k ({self.layer.top_k}) experts")
+        if lacking := int((selection.lacking.to(valid.device) & valid).sum()):
+            raise Misuse(
+                f"in {self.layer.name} the rule leaves {lacking} of {int(valid.sum())} tokens fewer than top_k "
+                f"({self.layer.top_k}) experts in their best groups: disable fewer"
+            )
         if selection.banned is not None:
             used = valid[:, None] if routing.edge is None else valid[:, None] & routing.edge
             if bool((selection.banned.gather(-1, routing.expert.long()) & used).any()):
@@ -172,8 +175,11 @@ class Chooser:
         return f"{self.layer.name} cannot be rerouted, {type(self.layer.router).__name__} selects in a way of its own"
 
 
-def check_routing(layer: MoELayer, routing: Any, proposed: Routing) -> None:
-    """Raise Misuse unless a rule's routing can run: whole numbers of experts that the layer has, each with a weight."""
+def check_routing(layer: MoELayer, routing: Any, proposed: Routing, valid: Tensor | None) -> None:
+    """Raise Misuse unless a rule's routing can run: whole numbers of experts that the layer has, each with a weight.
+
+    Only at padding (not `valid`) may weights be anything.
+    """
     if not isinstance(routing, Routing):
         raise Misuse(f"the rule of {layer.name} must return a Routing, got {type(routing).__name__}")
     expert, weight = routing.expert, routing.weight
@@ -189,7 +195,8 @@ def check_routing(layer: MoELayer, routing: Any, proposed: Routing) -> None:
     if bool(absent.any()):
         got = int(expert[absent][0])
         raise Misuse(f"experts chosen in {layer.name} must lie between 0 and {layer.num_experts - 1}, got {got}")
-    if not bool(weight[used].isfinite().all()):
+    counts = used if valid is None else used & valid[:, None]
+    if not bool(weight[counts].isfinite().all()):
         raise Misuse(f"weights of the experts chosen in {layer.name} must be finite")
 
 

@@ -45,6 +45,10 @@ class Selection(TorchFunctionMode):
         self.lacking = torch.zeros(tokens, dtype=torch.bool)
         """The tokens that could not be given as many experts as the rule chooses."""
         self._compares = False
+        self._groups: int | None = None
+        """Groups whose scores were made, until the best of them are chosen."""
+        self._in_best: Tensor | None = None
+        """The experts of each token's best groups; None where the rule has no groups."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -70,19 +74,42 @@ class Selection(TorchFunctionMode):
         return result + F.pad(added, (0, width - self.num_experts)).view(result.shape).to(result.dtype)
 
     def _choose(self, func: Callable[..., Any], scores: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """`topk` or `max`: among experts, among those of one group, or of something else."""
+        """`topk` or `max`: among experts, among those of one group, among groups, or of something else."""
+        if self._groups is not None and scores.shape == (self.tokens, self._groups):
+            return self._choose_groups(func(scores, *args, **kwargs))
         if self._has_experts(scores):
             self.chosen = True
             best = func(self._without_banned(scores), *args, **kwargs)
             self._compares = func in (torch.max, Tensor.max)
-            lacking = best.values.reshape(self.tokens, -1).isneginf().any(-1)
-            self.lacking = self.lacking.to(lacking.device) | lacking
+            self._count_lacking(best.values.reshape(self.tokens, -1))
             return best
-        grouped = scores.ndim == 3 and scores.shape[0] == self.tokens and scores[0].numel() == self.num_experts
-        if self.banned is None or not grouped:
+        if scores.ndim != 3 or scores.shape[0] != self.tokens or scores[0].numel() != self.num_experts:
+            return func(scores, *args, **kwargs)
+        self._groups = scores.shape[1]
+        if self.banned is None:
             return func(scores, *args, **kwargs)
         best = func(scores.masked_fill(self.banned.view(scores.shape), float("-inf")), *args, **kwargs)
         return best if best.values.ndim < scores.ndim else type(best)((summable(best.values), best.indices))
+
+    def _choose_groups(self, best: Any) -> Any:
+        """Remember which experts are in the best groups. There may be as many groups as experts."""
+        assert self._groups is not None
+        chosen = torch.zeros(self.tokens, self._groups, dtype=torch.bool, device=best.indices.device)
+        chosen.scatter_(-1, best.indices.view(self.tokens, -1), True)
+        self._in_best = chosen.repeat_interleave(self.num_experts // self._groups, dim=-1)
+        self._groups = None
+        return best
+
+    def _count_lacking(self, chosen: Float[Tensor, "tokens k"]) -> None:
+        """Note the tokens whose choice went beyond what the ban leaves of their best groups.
+
+        Some rules put 0 and not minus infinity outside the best groups: there the choice would go on, with weight 0.
+        """
+        lacking = chosen.isneginf().any(-1)
+        if self._in_best is not None and self.banned is not None:
+            left = (self._in_best & ~self.banned).sum(-1)
+            lacking = lacking | (left < self._in_best.sum(-1).clamp_max(chosen.shape[-1]))
+        self.lacking = self.lacking.to(lacking.device) | lacking
 
     def _has_experts(self, scores: Tensor) -> bool:
         """Whether it is a row of all experts for every token; some families score one class more, or shared experts."""
