@@ -1,7 +1,4 @@
-"""The README's Python runs as it stands, but for the checkpoint, for which a tiny one of the same family stands in.
-
-And TRL must be told where there is no GPU.
-"""
+"""The README's Python runs as it stands, but for the checkpoint, for which a tiny one of the same family stands in."""
 
 import json
 import re
@@ -10,7 +7,6 @@ from typing import Any
 
 import pytest
 import tiny_models
-import torch
 from transformers import AutoModelForCausalLM
 
 from test_attach_trl import sentences, tokenizer
@@ -43,8 +39,6 @@ def test_a_block_runs(block: str, tmp_path: Path, tokenizer: Any, monkeypatch: p
     monkeypatch.setenv("WANDB_MODE", "disabled")
     variables: dict[str, Any] = {"__name__": "readme"}
     block = block.replace(NAME, '"checkpoint"')
-    if not torch.cuda.is_available():
-        block = block.replace('SFTConfig("out", ', 'SFTConfig("out", use_cpu=True, ')
     exec(compile(block, "README.md", "exec"), variables)
     if "aux" in variables:
         expected = {"distillation"} if title(block) == "compete" else {"balance", "orthogonality", "variance"}

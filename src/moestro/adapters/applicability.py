@@ -41,6 +41,8 @@ def obstacle(layer: MoELayer, loss: str) -> str | None:
         return "needs a router that learns its choice, and this one looks it up"
     if loss == "router_z" and layer.scores == "probabilities":
         return "needs logits, and this router returns probabilities"
+    if loss in OF_WEIGHTS and layer.num_experts == 1:
+        return "needs two experts at least, whose rows can differ, and there is 1"
     if loss in OF_WEIGHTS and layer.weight_at is None:
         return "needs a router that is one matrix"
     if loss == "bias_rate" and layer.bias_at is None:

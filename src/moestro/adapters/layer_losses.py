@@ -12,6 +12,7 @@ from moestro.adapters.compete import Competitor
 from moestro.adapters.ranks import over_ranks
 from moestro.adapters.selection_bias import SelectionBias
 from moestro.adapters.tap import beside_checkpoints
+from moestro.errors import Misuse
 from moestro.losses import (
     PerSequence,
     balance_against,
@@ -125,9 +126,15 @@ class LayerLosses:
         }
 
     def router_weight(self) -> Tensor:
-        """The router's rows for the routed experts."""
-        assert self.layer.router_weight is not None
-        return self.layer.router_weight[: self.layer.num_experts]
+        """Return the router's rows for the routed experts. Raise Misuse if their values are elsewhere."""
+        weight = self.layer.router_weight
+        assert weight is not None
+        if weight.is_meta or not weight.is_floating_point():
+            raise Misuse(
+                f"router_orthogonality and simbal need the router's weight, and that of {self.layer.name} is "
+                f"{'offloaded' if weight.is_meta else 'quantised'}: load it without, or set them to 0"
+            )
+        return weight[: self.layer.num_experts]
 
     def balance(self, record: LayerRecord) -> PerSequence:
         """Load balance, over what `balance_over` says."""
