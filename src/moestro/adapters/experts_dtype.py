@@ -50,7 +50,9 @@ def warn_of_full_precision(layers: Iterable[MoELayer]) -> None:
     for layer in layers:
         backend = getattr(getattr(layer.experts, "config", None), "_experts_implementation", None)
         weight = next((p for p in layer.experts.parameters() if p.ndim > 1), None)
-        if backend != "grouped_mm" or weight is None or not torch.is_autocast_enabled(weight.device.type):
+        if backend != "grouped_mm" or weight is None or weight.is_meta:  # offloaded: it computes elsewhere
+            continue
+        if not torch.is_autocast_enabled(weight.device.type):
             continue
         if weight.dtype != (wanted := torch.get_autocast_dtype(weight.device.type)):
             names = [str(dtype).removeprefix("torch.") for dtype in (weight.dtype, wanted)]
