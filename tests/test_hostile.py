@@ -34,6 +34,7 @@ def test_a_draw_is_a_function_of_its_seed(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_hundreds_of_draws_of_every_kind():
     kinds = list(hostile.KINDS)
     failed = [result for number in range(270) if (result := hostile.outcome(number, 1, kinds)[1]).problem]

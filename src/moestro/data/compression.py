@@ -30,7 +30,7 @@ UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 def _arrow(codec: str) -> Callable[[Path], Any]:
-    return lambda path: pa.CompressedInputStream(pa.OSFile(str(path)), codec)
+    return lambda path: pa.CompressedInputStream(path.open("rb"), codec)  # pyarrow opens no names that are not UTF-8
 
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {

@@ -83,15 +83,15 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Records:
     Columns of text are read as dictionaries: a value that a million rows share is in memory once.
     """
     expansion = Expansion(path)
-    with seekable(path) as place:
+    with seekable(path) as place, place.open("rb") as file:  # pyarrow opens no names that are not UTF-8
         try:
-            table = pq.ParquetFile(place)
+            table = pq.ParquetFile(file)
             schema = table.schema_arrow
             chosen = _choose(path, columns, schema)
             for group in range(table.metadata.num_row_groups):
                 Expansion(path).add(table.metadata.row_group(group).total_byte_size)  # before it is decompressed
             text = [name for name in chosen if _is_text(schema.field(name).type)]
-            table = pq.ParquetFile(place, read_dictionary=text, buffer_size=2**20)
+            table = pq.ParquetFile(file, read_dictionary=text, buffer_size=2**20)
             size = BATCH if len(text) == len(chosen) else BATCH // 64
             for batch in table.iter_batches(batch_size=size, columns=list(chosen)):
                 yield from _records(batch, expansion)
@@ -102,7 +102,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Records:
 def read_arrow(path: Path, columns: Sequence[str]) -> Records:
     """Yield the rows of an Arrow file (the format that `datasets` saves, and Feather), batch by batch."""
     expansion = Expansion(path)
-    with seekable(path) as place, pa.memory_map(str(place)) as source:
+    with seekable(path) as place, place.open("rb") as file, pa.PythonFile(file, mode="r") as source:
         try:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
