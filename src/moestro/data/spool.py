@@ -69,6 +69,7 @@ class Spool:
 
     def add(self, document: Document) -> None:
         """Take one document in, unless its text is there already."""
+        document = replace(document, domain=storable(document.domain), source=storable(document.source))
         data = document.text.encode()
         key = fingerprint(data)
         row = (key, document.domain, self._end, len(data), document.source)
@@ -130,6 +131,11 @@ class Spool:
             if not window.text.isspace():
                 self._index.execute(_ADD_PIECE, (own, window.domain, key or own, place, len(data), window.source))
             place += len(data)
+
+
+def storable(name: str) -> str:
+    """Return a name that UTF-8 can hold: names of files may be any bytes, which Python gives as half surrogates."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def fingerprint(data: bytes) -> bytes:
