@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import logging
 import re
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Run:
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs a script as `python SCRIPT ARGUMENTS` would, in this process: torch is loaded already."""
+    logger = logging.getLogger("moestro")
+    level = logger.level  # which a script may change for its own process
 
     def run(script: str, *arguments: str) -> int:
         monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
@@ -101,7 +104,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
             return int(end.code or 0)
         return 0
 
-    return run
+    yield run
+    logger.setLevel(level)
 
 
 SLOW = {"benchmarks/preparation.py", "scripts/stock_aux_loss.py", "scripts/attach_every_family.py"}
