@@ -23,7 +23,7 @@ def test_micro_batches_change_nothing_in_the_log(monkeypatch: pytest.MonkeyPatch
     whole = train(monkeypatch, tmp_path / "whole")
     cut = train(monkeypatch, tmp_path / "cut", "--micro-batch-tokens", "32")
     assert len(whole) == len(cut) >= 4
-    names = {"loss", "max_vio", "dead_experts", "tokens"}
+    names = {"loss", "max_vio", "dead_experts", "aux/balance", "aux/router_z", "tokens"}
     for one, other in zip(whole, cut, strict=True):
         assert names <= one.keys() == other.keys()
         for name in names:

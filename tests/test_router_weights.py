@@ -27,6 +27,32 @@ def test_offloaded(losses: dict[str, Any]):
         model(input_ids=ids, labels=ids)
 
 
+@pytest.mark.parametrize("name", ["balance", "orthogonality", "router_z"])
+def test_other_losses_work_on_offloaded_weights(name: str):
+    tiny = tiny_models.build("qwen3_moe")
+    model, ids = tiny.model.train(), torch.randint(3, tiny_models.VOCABULARY, (2, 8))
+
+    def loss(attached: bool) -> float:
+        with AuxLosses(**({name: 1.0} if attached else {})).attach(model):
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    expected = loss(True)
+    assert expected != loss(False)
+    cpu_offload(model, execution_device="cpu")
+    assert loss(True) == expected
+
+
+@LOSSES
+def test_a_quantised_weight(losses: dict[str, Any], unchecked: None):
+    model = tiny_models.build("qwen3_moe").model.train()
+    with AuxLosses(**losses).attach(model) as aux:
+        for state in aux._layers:
+            holder, name = state.layer.weight_at  # type: ignore[misc]
+            setattr(holder, name, torch.nn.Parameter(getattr(holder, name).to(torch.int8), requires_grad=False))
+            with pytest.raises(Misuse, match="is quantised"):
+                state.router_weight()
+
+
 @LOSSES
 def test_one_expert(losses: dict[str, Any]):
     with (

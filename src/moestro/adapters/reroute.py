@@ -78,7 +78,7 @@ def rerouted(model: nn.Module, tap: Tap, rule: Reroute) -> Iterator[None]:
             layer=tap.layer, batch=batch, hidden=hidden, routing=proposed, select=select, run=tap.answers
         )
         routing = rule(proposal)
-        check_routing(tap.layer, routing, proposed, batch.valid)
+        check_routing(tap.layer, routing, proposed)
         for own, again in selected:
             if own is routing:
                 hand_over(routed, again, proposed)
@@ -175,11 +175,8 @@ class Chooser:
         return f"{self.layer.name} cannot be rerouted, {type(self.layer.router).__name__} selects in a way of its own"
 
 
-def check_routing(layer: MoELayer, routing: Any, proposed: Routing, valid: Tensor | None) -> None:
-    """Raise Misuse unless a rule's routing can run: whole numbers of experts that the layer has, each with a weight.
-
-    Only at padding (not `valid`) may weights be anything.
-    """
+def check_routing(layer: MoELayer, routing: Any, proposed: Routing) -> None:
+    """Raise Misuse unless a rule's routing can run: whole numbers of experts that the layer has, each with a weight."""
     if not isinstance(routing, Routing):
         raise Misuse(f"the rule of {layer.name} must return a Routing, got {type(routing).__name__}")
     expert, weight = routing.expert, routing.weight
@@ -195,8 +192,7 @@ def check_routing(layer: MoELayer, routing: Any, proposed: Routing, valid: Tenso
     if bool(absent.any()):
         got = int(expert[absent][0])
         raise Misuse(f"experts chosen in {layer.name} must lie between 0 and {layer.num_experts - 1}, got {got}")
-    counts = used if valid is None else used & valid[:, None]
-    if not bool(weight[counts].isfinite().all()):
+    if not bool(weight[used].isfinite().all()):
         raise Misuse(f"weights of the experts chosen in {layer.name} must be finite")
 
 
