@@ -272,7 +272,7 @@ def test_no_cut_of_the_batch_changes_gradients(options: dict):
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
         ({"temperature": float("inf")}, "temperature must be a number above 0, got inf"),
         ({"tie_break": float("inf")}, "tie_break must be a number of at least 0, got inf"),
-        ({"max_layers": 3}, "max_layers is of competing steps: set by to steps, or max_layers to none"),
+        ({"max_layers": 3}, "max_layers requires by = steps, got by = tokens: set by to steps, or max_layers to none"),
         ({"by": "steps", "max_layers": 0}, "max_layers must be at least 1, got 0"),
         ({"start_step": -1}, "start_step must be at least 0, got -1"),
         ({"balance_winners": -0.1}, "balance_winners must be at least 0, got -0.1"),

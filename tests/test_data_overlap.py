@@ -1,4 +1,4 @@
-"""How much of the held-out text stands in training text: the fast measure against a slow one, and what is cut."""
+"""How much of the held-out text occurs in training text: the fast measure against a slow one, and what is cut."""
 
 import random
 from collections.abc import Callable, Iterable
@@ -155,8 +155,8 @@ def test_text_that_repeats_itself_throughout_is_kept_and_said():
     assert share(corpus) > 0.99
     description = {"overlap": 1.0, "domains": {"prose": {"overlap": 1.0}, "law": {"overlap": 0.009}}}
     assert overlap_notes(description) == [
-        "100.0% of the held-out text stands in training text too, in passages of 200 characters or more",
-        "domain prose: 100.0% of the held-out text stands in training text too, in passages of 200 characters or more",
+        "100.0% of the held-out text also occurs in training text, in spans of 200 characters or more",
+        "domain prose: 100.0% of the held-out text also occurs in training text, in spans of 200 characters or more",
     ]
 
 

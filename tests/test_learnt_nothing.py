@@ -27,9 +27,15 @@ def changed(run: Run, *, loss: float, steps: int | None = 640, known: bool = Tru
     ("changes", "said"),
     [
         ({"loss": 5.98}, ""),
-        ({"loss": 5.995}, "learnt nothing: its held-out loss of 5.995 is not below token frequencies alone (6.000)"),
+        (
+            {"loss": 5.995},
+            "learnt nothing: its held-out loss of 5.995 is not 0.01 below token frequencies alone (6.000)",
+        ),
         ({"loss": 8.28, "steps": 99}, ""),  # a short run may be on its way
-        ({"loss": 8.295, "steps": 99}, "learnt nothing: its held-out loss of 8.295 is not below a blind guess (8.300)"),
+        (
+            {"loss": 8.295, "steps": 99},
+            "learnt nothing: its held-out loss of 8.295 is not 0.01 below a blind guess (8.300)",
+        ),
         ({"loss": 9.0, "steps": None, "known": False}, ""),  # a record of an earlier version
     ],
 )

@@ -85,7 +85,7 @@ def test_fields_that_only_go_together_are_set_together(fields):
     """Steps have a cap on layers, tokens must not have one."""
     compete = recipe(f"smoe+compete-v2-code:{fields}").compete
     assert (compete.by, compete.max_layers) == ("tokens", None)
-    with pytest.raises(Misuse, match="max_layers is of competing steps"):
+    with pytest.raises(Misuse, match="max_layers requires by = steps"):
         recipe("smoe+compete-v2-code:by=tokens")
 
 

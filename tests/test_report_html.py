@@ -94,9 +94,9 @@ def test_the_report_says_what_was_asked_for():
         "moestro compare dense smoe fine-grained --seeds 3 --size tiny",
         "sha256:5d1f0c6b",
         "2.13.0+cpu",
-        "finds a true difference of 0.0056 nats four times in five",
+        "detects a true difference of 0.0056 nats four times in five",
         "shaded: less than the margin of 0.02 nats",
         "at most 5 % of comparisons claim a difference of any recipe",
-        "one without zero may stand beside “not answered”",
+        "one that excludes zero may accompany “not answered”",
     ):
         assert part in shown, part

@@ -209,7 +209,9 @@ def test_what_only_seeds_could_say():
     assert sentences.noise(comparison, comparison.recipes[1]).endswith("noise takes 3 seeds to say.")
     comparison = make_comparison()
     said = sentences.noise(comparison, comparison.recipes[1])
-    assert "finds a true difference of 0.0056 nats four times in five, and an equal recipe to lie within 0.0046" in said
+    assert (
+        "detects a true difference of 0.0056 nats four times in five, and shows an equal recipe equivalent to" in said
+    )
     assert said.endswith("more often if the same is true of other recipes.")
     alone = replace(comparison, recipes=comparison.recipes[:2])
     assert "more often" not in sentences.noise(alone, alone.recipes[1])

@@ -95,7 +95,7 @@ def test_a_checkpoint_from_beyond_the_last_step_is_refused(finished, tmp_path, m
     folder = unfinished_copy(run, tmp_path / "run")
     shutil.copytree(folder / f"checkpoint-{STEPS}", folder / f"checkpoint-{STEPS + 1}")
     assert again(monkeypatch, arguments, folder) == 2
-    assert f"checkpoints of a run of {STEPS} steps must not be from after them" in one_line(capsys)
+    assert f"a run of {STEPS} steps must have no checkpoint beyond step {STEPS}" in one_line(capsys)
 
 
 def test_a_checkpoint_under_another_name_is_refused(finished, tmp_path, monkeypatch, capsys):

@@ -43,7 +43,7 @@ from moestro.training.train import train as train_run
 
 DEFAULT_RUNNING, DATA_FLAGS, RECIPE_FLAGS = Running(), DataFlags(), RecipeFlags()
 RUN_FLAGS, SWEEP_FLAGS = RunFlags(), SweepFlags()
-"""As they are where nothing is typed."""
+"""Defaults of all flags."""
 
 
 def train(
@@ -60,7 +60,7 @@ def train(
     Args:
         recipe: A recipe, as `moestro recipes` lists them; NAME+VARIANT is a variant of it, and NAME:FIELD=VALUE,...
             overrides fields.
-        seed: Of initial weights and data order.
+        seed: Random seed for initial weights and data order.
         export_stock: Save the finished model as its stock transformers sibling too, where it has one.
     """
     check("seed", seed, Seed)
@@ -107,7 +107,7 @@ def compare(
         first_seed: The seeds count up from this one.
         match: What is equal between recipes, training tokens or training FLOPs.
         allow_unequal: Compare although budgets differ, and mark the table.
-        margin: Nats per token: recipes shown to differ by less are called equivalent.
+        margin: Recipes shown to differ by less than this, in nats per token, are called equivalent.
     """
     check("margin", margin, Positive)
     check("seeds", seeds, Annotated[int, Range(at_least=0, at_most=1_000)])
@@ -224,14 +224,14 @@ def main() -> None:
 
 
 def check_launcher() -> None:
-    """Raise Misuse if what tells ranks apart is no number; torchrun sets these, and everything reads them."""
+    """Raise Misuse if a launcher's environment variable, such as RANK, is not a whole number."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         if not (value := os.environ.get(name, "0")).isdecimal():
             raise Misuse(f"{name} must be a whole number, as torchrun sets it, got {shown(value)}")
 
 
 def told(error: Exception) -> str:
-    """What went wrong; of an error of the system, the file too."""
+    """Return the message of an error; for an OSError, the reason and the file."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.strerror}: {error.filename}"
     return str(error)
@@ -243,7 +243,7 @@ def fail(error: Exception, code: int) -> None:
         print(f"moestro: {one_line(told(error))}", file=sys.stderr)
         sys.stderr.flush()
     if is_shared(error):
-        wait_for_all()  # a launcher ends all ranks with the first, which may be silent
+        wait_for_all()  # the launcher kills all ranks when one exits, perhaps before the message is printed
     # Other threads (progress, data) must not turn a plain message into a traceback at exit.
     os._exit(code) if code == 130 else sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""`compare`: train recipes on an equal budget, paired by seed, and say what is more than noise."""
+"""`compare`: train recipes on an equal budget, paired by seed, and test their differences."""
 
 import datetime
 from collections.abc import Callable, Sequence
@@ -37,8 +37,8 @@ def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
 
     A run that fails does not end the comparison: the others go on, and the record says which failed and why.
 
-    Of several ranks the first one decides and writes; all return the same comparison. Raises Misuse if another process
-    works in the folder.
+    With several ranks the first one decides and writes; all return the same comparison. Raises Misuse if another
+    process uses the folder.
     """
     join()
     console = only_on_first_rank(console)
@@ -48,7 +48,7 @@ def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
 
 
 def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
-    """Run the plan in a folder that is this process's own."""
+    """Train and compare in a folder that this process has locked."""
     run = partial(train_or_read, the_plan=the_plan, data=data, folder=folder, console=console, options=options)
     found = None
     if the_plan.grid is not None:
@@ -73,7 +73,7 @@ def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
 def run_or_failure(
     recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run], found: Sweep | None
 ) -> Run | FailedRun:
-    """Return one run of the comparison, or why there is none."""
+    """Return one run of the comparison, or the record of its failure."""
     if found is not None and recipe.name not in found.chosen:
         return FailedRun(seed=seed, reason="every learning rate of the sweep failed")
     try:
@@ -92,11 +92,11 @@ def train_or_read(
     console: Console,
     options: Options,
 ) -> Run:
-    """One run of the comparison, and a line about it; also where it fails."""
+    """Train or read one run of the comparison, and print one line about it, also if it fails."""
     where = run_folder(folder, recipe, seed, the_plan)
     rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
     name = f"{recipe.name} seed {seed}{rate}"
-    # Before a failure is read there: it must be this run's.
+    # Check the identity first: a recorded failure must belong to this very run.
     on_first_rank(lambda: open_run(where, describe_run(recipe, data, seed)))
     try:
         with noted_divergence(where, seed):
@@ -170,7 +170,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run | FailedRun]], data: Prepa
 
 
 def budget(the_plan: Plan, results: Sequence[RecipeResult]) -> Budget:
-    """What every recipe was given, by what its runs were really trained on."""
+    """Return the budget, measured by what the runs were really trained on."""
     training = the_plan.recipes[0].training
     differences = (*the_plan.differences, *unequally_trained(the_plan, results))
     tokens, steps = training.steps * training.batch_tokens, training.steps
@@ -191,7 +191,7 @@ def budget(the_plan: Plan, results: Sequence[RecipeResult]) -> Budget:
 
 
 def unequally_trained(the_plan: Plan, results: Sequence[RecipeResult]) -> list[str]:
-    """A sentence if runs were trained on other shares of what was planned for them; nothing if the shares are one."""
+    """Return a sentence if runs completed different shares of their planned tokens; nothing if all shares are equal."""
     shares = {
         f"{result.name} seed {run.seed}": (run.trained_tokens, recipe.training.steps * recipe.training.batch_tokens)
         for recipe, result in zip(the_plan.recipes, results, strict=True)
@@ -206,7 +206,7 @@ def unequally_trained(the_plan: Plan, results: Sequence[RecipeResult]) -> list[s
 
 
 def bootstrap(folder: Path, the_plan: Plan, first: RecipeResult, result: RecipeResult) -> DocumentBootstrap | None:
-    """Resample the held-out documents, losses averaged over the seeds with which both recipes finished."""
+    """Resample the held-out documents, with losses averaged over the seeds that both recipes finished."""
     if result.difference is None:
         return None
     both = {run.seed for run in first.runs} & {run.seed for run in result.runs}

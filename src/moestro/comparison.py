@@ -12,8 +12,9 @@ from moestro.errors import Misuse
 from moestro.statistics import Difference, DocumentBootstrap
 
 SETTLED_STEPS = 100
+"""Optimiser steps after which a run must beat the loss of token frequencies."""
 LEAST_LEARNT = 0.01
-"""Nats per token."""
+"""Nats per token by which a run must beat chance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +50,7 @@ class Data:
     held_out_bytes: int
     held_out_documents: int
     overlap: float | None = None
-    """Share of held-out characters in passages of 200 or more that training text has too. None in older records."""
+    """Share of held-out characters in spans of 200 or more that training text also contains. None in older records."""
     notes: tuple[str, ...] = ()
     """What the reader must know, such as a domain that is missing on this machine."""
 
@@ -73,9 +74,9 @@ class HeldOut:
     bits_per_byte: float
     domains: dict[str, DomainLoss]
     uniform: float | None = None
-    """The loss of a guess that takes all tokens of the vocabulary for equally likely. None in older records."""
+    """Loss of the uniform distribution over the vocabulary. None in older records."""
     unigram: float | None = None
-    """The loss of the training text's token frequencies alone. None in older records."""
+    """Loss of the unigram model of the training text. None in older records."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,32 +143,32 @@ class Run:
     competed: CompetedLoss | None = None
     """None for a dense model."""
     steps: int | None = None
-    """Optimiser steps that it was really trained for; None in summaries of earlier versions."""
+    """Optimiser steps really taken; None in summaries of earlier versions."""
     tokens: int | None = None
-    """Tokens that it was really trained on, every repetition counted; None in summaries of earlier versions."""
+    """Tokens really trained on, repetitions included; None in summaries of earlier versions."""
 
     @property
     def chance(self) -> float | None:
-        """The loss that a run of this length must beat: of token frequencies after 100 steps, before of a blind guess.
+        """The loss that a run of this length must beat: `unigram` from 100 steps on, `uniform` before.
 
-        Healthy runs are below the first well before 100 steps; the first steps of a run are spent on coming there.
+        Healthy runs fall below `unigram` well before 100 steps.
         """
         return self.held_out.unigram if (self.steps or 0) >= SETTLED_STEPS else self.held_out.uniform
 
     @property
     def learnt_nothing(self) -> bool:
-        """Whether it predicts held-out text no better, by 0.01 nats, than chance."""
+        """True if the held-out loss is not at least 0.01 nats below chance; False if chance is unknown."""
         return self.chance is not None and self.held_out.loss > self.chance - LEAST_LEARNT
 
     @property
     def trained_tokens(self) -> int | None:
-        """`tokens`, or else what the last point of its learning curve tells; None without a curve."""
+        """`tokens`; for older summaries the tokens at the last point of the learning curve; None without a curve."""
         return self.tokens if self.tokens is not None or not self.curve else self.curve[-1].tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedRun:
-    """One recipe that could not be trained with one seed."""
+    """A run of one recipe and seed that failed."""
 
     seed: int
     reason: str
@@ -188,11 +189,11 @@ class RecipeResult:
     competes: bool = False
     """Whether experts competed while it trained."""
     runs: tuple[Run, ...]
-    """Those that finished, in the order of the comparison's seeds."""
+    """Finished runs, in the order of the comparison's seeds."""
     failed: tuple[FailedRun, ...] = ()
-    """Those that did not, in the same order."""
+    """Failed runs, in the same order."""
     difference: Difference | None = None
-    """To the first recipe; None for the first, and where there is no seed with which both finished."""
+    """Difference to the first recipe; None for the first itself, and without a seed that both finished."""
     document_bootstrap: DocumentBootstrap | None = None
 
 
@@ -214,7 +215,7 @@ class Sweep:
     """Training tokens of each recipe's screening runs."""
     screened: dict[str, tuple[Screened, ...]]
     chosen: dict[str, float]
-    """Without the recipes that failed at every rate."""
+    """Best learning rate of each recipe; recipes that failed at every rate are absent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

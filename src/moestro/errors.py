@@ -10,11 +10,13 @@ class TrainingFailed(RuntimeError):
 
 
 class Diverged(TrainingFailed):
-    """Training came to numbers that are not finite. It would do so again, so a comparison does not try again.
+    """Training reached a value that is not finite. It would do so again, so a comparison does not retry it.
 
-    `step` is the step at which it was seen, counted from 1.
+    `step` is the step at which it was found, counted from 1.
     """
 
-    def __init__(self, message: str, *, step: int | None = None):  # by keyword: ranks send errors to each other
+    def __init__(
+        self, message: str, *, step: int | None = None
+    ):  # keyword with a default: unpickling on another rank passes the message alone
         super().__init__(message)
         self.step = step

@@ -1,4 +1,4 @@
-"""Flags that several commands share, and what they mean."""
+"""Flags that several commands share."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from moestro.training.recipe import Recipe
 from moestro.training.recipes import recipe
 
 DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 48 * 2**10
-"""Of each domain of the default corpus, so that its largest domain does not drown the others."""
+"""Byte limits per domain of the default corpus, so that its largest domain does not dominate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,14 @@ class DataFlags:
     """Files, folders, globs or hf:NAME; LABEL=PATH names its domain, PATH::COLUMN its text column. Default: the
     standard library of this Python."""
     text_column: str = "text"
-    """Column that holds the text in .jsonl, .csv and .parquet; a+b joins two."""
+    """Column that holds the text in JSON, CSV, TSV, Parquet and Arrow files; a+b joins two columns."""
     tokenizer: str | None = None
     """Folder or name of a tokenizer of transformers. Default: a byte-level BPE trained on the text."""
     max_bytes: Bytes | None = None
-    """Use at most this much of each domain."""
+    """Largest number of training bytes of each domain. Default: no limit; 4 MiB for the default corpus."""
     max_held_out_bytes: Bytes | None = None
-    """Hold out at most this much of each domain. Default: 5 % of it, at most 256 KiB."""
+    """Largest number of held-out bytes of each domain, of the 5 % that is held out. Default: 256 KiB; 48 KiB for the
+    default corpus."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -44,7 +45,7 @@ class DataFlags:
             raise Misuse(f"text_column must be a column's name, or several joined by +, got {shown(self.text_column)}")
 
     def prepare(self, recipe: Recipe) -> PreparedData:
-        """The data for one recipe."""
+        """Prepare the data for one recipe."""
         t = recipe.training
         train, held_out = (None, MAX_HELD_OUT_BYTES) if self.data else (DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES)
         return prepare(
@@ -58,7 +59,7 @@ class DataFlags:
         )
 
     def fit(self, recipes: Sequence[Recipe], data: PreparedData) -> list[Recipe]:
-        """The recipes with the vocabulary of a tokenizer that was given; one trained here has the recipe's size."""
+        """Return the recipes with the vocabulary size of a given tokenizer; one trained here has the recipe's size."""
         if self.tokenizer is None:
             return list(recipes)
         vocabulary = vocabulary_size(data.tokenizer)
@@ -67,18 +68,24 @@ class DataFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFlags:
-    """Fields of every recipe; one recipe's own are overridden as in smoe:top_k=4."""
+    """Fields set for every recipe. To set a field of one recipe alone, write smoe:top_k=4."""
 
     size: str = "tiny"
     """tiny, small, base, large or 7b."""
     tokens: int | None = None
     """Training tokens of each run."""
     batch_tokens: int | None = None
+    """Tokens per optimiser step, over all micro-batches and devices."""
     micro_batch_tokens: int | None = None
+    """Tokens per forward pass on one device."""
     sequence_length: int | None = None
+    """Tokens per row."""
     vocab_size: int | None = None
+    """Vocabulary size of the model, and of the tokenizer trained here."""
     learning_rate: float | None = None
+    """Peak learning rate."""
     dtype: Literal["auto", "float32", "bfloat16"] | None = None
+    """Compute dtype; auto measures whether bfloat16 is faster on this machine."""
     compile: bool | None = None
     """Compile each decoder layer (pays in long runs)."""
     checkpointing: bool | None = None
@@ -87,7 +94,7 @@ class RecipeFlags:
     """Any other field of every recipe, as FIELD=VALUE."""
 
     def recipe(self, spec: str) -> Recipe:
-        """The recipe that `spec` names, with these fields."""
+        """Return the recipe that `spec` names, with these fields."""
         fields = {k: v for k, v in asdict(self).items() if v is not None and k not in ("size", "set")}
         for text in self.set:
             name, equals, value = text.partition("=")
@@ -99,19 +106,19 @@ class RecipeFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepFlags:
-    """How learning rates are chosen."""
+    """Learning-rate sweep."""
 
     sweep: Annotated[
         tyro.conf.UseAppendAction[tuple[tuple[float, ...], ...]], tyro.conf.arg(metavar="LR [LR ...]")
     ] = ()
-    """Learning rates: every recipe is first trained at each of them, and compared at its best."""
+    """Learning rates of a sweep: train every recipe at each of them first, then compare recipes at their best rates."""
     sweep_tokens: int | None = None
-    """Training tokens of those runs. Default: as many as in the comparison."""
+    """Training tokens of each run of the sweep. Default: as many as in the comparison."""
     screening_seed: int = 1000
-    """Their seed, which no interval contains."""
+    """Random seed of the sweep's runs; must not be one of the comparison's seeds."""
 
     def grid(self, specs: Sequence[str], recipe_flags: RecipeFlags) -> Grid | None:
-        """The grid that is asked for. Typed in several parts it is all of them."""
+        """Return the requested grid, or None. If --sweep is given several times, the grid holds all rates."""
         if not self.sweep:
             if self.sweep_tokens is not None:
                 raise Misuse("--sweep-tokens needs --sweep")
@@ -119,14 +126,16 @@ class SweepFlags:
         typed = [*recipe_flags.set, *(part for spec in specs for part in spec.partition(":")[2].split(","))]
         fields = [text.partition("=")[0].strip().rpartition(".")[2] for text in typed]
         if recipe_flags.learning_rate is not None or "learning_rate" in fields:
-            raise Misuse("--sweep chooses every recipe's learning_rate: name it there alone")
+            raise Misuse(
+                "--sweep chooses every recipe's learning_rate: list the rates there and do not set learning_rate"
+            )
         rates = tuple(rate for part in self.sweep for rate in part)
         return Grid(learning_rates=rates, seed=self.screening_seed, tokens=self.sweep_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFlags:
-    """Where results go."""
+    """Output."""
 
     out: Path | None = None
     """Folder of the results. Default: runs/ and a name made of the recipes."""
@@ -136,7 +145,7 @@ class RunFlags:
     """Print parameters, FLOPs, memory and time, and stop."""
 
     def check(self, recipes: Sequence[Recipe]) -> None:
-        """Raise Misuse, before any work, unless the trackers are there and this machine can hold the models."""
+        """Raise Misuse, before any work, unless the trackers are installed and the models fit this machine's memory."""
         for name in self.report_to:
             if name not in (known := [*INTEGRATION_TO_CALLBACK, "all", "none"]):
                 raise Misuse(f"--report-to must be {either(known)}, got {shown(name)}")

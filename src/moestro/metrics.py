@@ -31,7 +31,7 @@ class RoutingSums:
     confidence: Float[Tensor, ""]
     """Score of each token's first choice."""
     choosing: Float[Tensor, ""]
-    """Tokens that chose an expert: some routers send tokens to none."""
+    """Tokens with at least one chosen expert; some routers choose none for a token."""
     tokens: Float[Tensor, ""]
     batch_max_vio: Float[Tensor, ""]
     batches: Float[Tensor, ""]
@@ -189,9 +189,9 @@ def slot_score_sums(record: LayerRecord) -> dict[str, Tensor]:
 
 
 def confidence_sums(record: LayerRecord, scores: Float[Tensor, "tokens experts"]) -> dict[str, Tensor]:
-    """Sum of the scores at first choices, and their number.
+    """Return the sum of the scores at first choices, and the number of first choices.
 
-    A first choice need not have the largest score: selection biases, groups and disabled experts come before scores.
+    A first choice need not have the largest score, because of selection biases, groups and disabled experts.
     """
     used = chosen(record.routing, record.batch) > 0
     first = record.routing.expert.gather(1, first_slot(record, used))
@@ -209,7 +209,7 @@ def competition_sums(record: LayerRecord, one: Float[Tensor, ""]) -> dict[str, T
     if met.winner is not None:
         proposed = record.proposed.expert
         if record.proposed.edge is not None:
-            proposed = proposed.masked_fill(~record.proposed.edge, -1)  # a slot that is not used names no choice
+            proposed = proposed.masked_fill(~record.proposed.edge, -1)  # unused slots hold no choice
         known = (proposed[met.token][:, :, None] == met.winner[:, None, :]).any(1)
         sums["winners"] = met.filled.sum(dtype=torch.float64) * met.winner.shape[1]
         sums["agreed"] = (known & met.filled[:, None]).sum(dtype=torch.float64)

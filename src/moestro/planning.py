@@ -1,4 +1,4 @@
-"""What a comparison will do, settled and checked before anything is trained: budgets that are equal, seeds, a grid."""
+"""Plan a comparison and check it before any training: equal budgets, seeds, and the grid of learning rates."""
 
 import shlex
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ TOLERANCE = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What will be compared, settled before anything is trained."""
+    """A checked comparison that is ready to run."""
 
     recipes: tuple[Recipe, ...]
     seeds: tuple[int, ...]
     match: Literal["tokens", "flops"]
     differences: tuple[str, ...]
-    """What is not equal although it should be; empty unless the user allowed it."""
+    """A sentence for each budget that differs; empty unless the user allowed unequal budgets."""
     command: str
     grid: Grid | None = None
-    """What chooses each recipe's learning rate first; None: the recipes say them."""
+    """Grid of the learning-rate sweep; None: each recipe keeps its own learning rate."""
     margin: float = MARGIN
-    """Nats per token: smaller differences are not worth having."""
+    """Equivalence margin in nats per token."""
 
 
 def plan(
@@ -42,7 +42,7 @@ def plan(
     grid: Grid | None = None,
     margin: float = MARGIN,
 ) -> Plan:
-    """Match the budgets, and refuse with the number that differs what would not be a fair comparison."""
+    """Match the budgets and return the plan. Raise Misuse, naming the number that differs, for an unfair comparison."""
     check(recipes, seeds, match, grid)
     if match == "flops":
         recipes = [with_flops_of(recipes[0], recipe) for recipe in recipes]
@@ -61,7 +61,7 @@ def plan(
 
 
 def check(recipes: Sequence[Recipe], seeds: Sequence[int], match: str, grid: Grid | None) -> None:
-    """Raise Misuse unless these can be compared at all."""
+    """Raise Misuse unless recipes, seeds and grid form a valid comparison."""
     names = [recipe.name for recipe in recipes]
     if not recipes:
         raise Misuse("compare needs at least one recipe")
@@ -77,14 +77,14 @@ def check(recipes: Sequence[Recipe], seeds: Sequence[int], match: str, grid: Gri
 
 
 def with_flops_of(first: Recipe, recipe: Recipe) -> Recipe:
-    """The recipe with as many tokens as cost the first one's training FLOPs."""
+    """Return the recipe with as many tokens as the first recipe's training FLOPs pay for."""
     budget = first.training.tokens * first.training_flops()
     tokens = round(budget / recipe.training_flops())
     return replace(recipe, training=replace(recipe.training, tokens=tokens)).validate()
 
 
 def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
-    """One sentence for each number that must be equal and is not.
+    """Return one sentence for each number that should be equal and is not.
 
     Active parameters must agree between all recipes; total ones between those with experts (a dense model has no idle
     parameters to add).
@@ -110,12 +110,12 @@ def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
 
 
 def run_folder(folder: Path, recipe: Recipe, seed: int, the_plan: Plan) -> Path:
-    """Where a run of the comparison lives."""
+    """Return the folder of one run of the comparison."""
     t = recipe.training
     swept = f"learning_rate={t.learning_rate:g},tokens={t.tokens}" if the_plan.grid else ""
     return recipe_folder(folder, recipe) / swept / f"seed-{seed}"
 
 
 def recipe_folder(folder: Path, recipe: Recipe) -> Path:
-    """Where all runs of a recipe live."""
+    """Return the folder of all runs of a recipe."""
     return folder / "".join(c if c.isalnum() or c in "+-=,._" else "_" for c in recipe.name)

@@ -1,10 +1,10 @@
-"""What a study of a few seeds can find: the power of the paired t test and of the equivalence test.
+"""The power of the paired t test and of the equivalence test with few seeds.
 
-Both answers are in units of the deviation that one study saw, and with three seeds that is easily half or twice the
-true one. A formula for a known deviation would therefore promise too much: its number for power 0.8 is found by 0.63 of
-studies with three seeds. Here the power is averaged over the deviations that a study may see. The promise is that of
-this experiment, which `scripts/verdict_simulation.py` runs: take the number from one study; let the truth be that
-number; a new study of the same size finds it with probability `power`.
+Both functions scale with the sample deviation of one study. With three seeds that is easily half or twice the true
+deviation, so a formula for a known deviation is too optimistic: its effect for power 0.8 is detected by only 63 % of
+studies with three seeds. Here the power is averaged over the distribution of the sample deviation. The meaning of the
+result is that of an experiment, which `scripts/verdict_simulation.py` runs: compute the effect from one study; suppose
+that it is the true difference; then a new study of the same size detects it with probability `power`.
 """
 
 import math
@@ -19,11 +19,11 @@ from moestro.errors import Misuse
 ALPHA = 0.05
 POWER = 0.8
 _QUANTILES = 250
-"""Points per integral over deviations: the power is exact within 0.001."""
+"""Quantiles per integral over deviations; the power is accurate to 0.001."""
 
 
 def minimum_detectable_effect(deviation: float, seeds: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
-    """Return the true difference that a new study finds with probability `power`, in the deviation's unit.
+    """Return the true difference that a new study detects with probability `power`, in the deviation's unit.
 
     Args:
         deviation: sample standard deviation of one study's paired differences.
@@ -38,16 +38,17 @@ def minimum_detectable_effect(deviation: float, seeds: int, *, alpha: float = AL
 
 
 def minimum_margin(deviation: float, seeds: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
-    """Return the margin within which a new study finds equal recipes with probability `power`, in the deviation's unit.
+    """Return the smallest margin within which a new study shows two equal recipes equivalent with probability `power`.
 
-    Arguments as of `minimum_detectable_effect`; `alpha` is the level of each of the two one-sided tests.
+    The margin is in the deviation's unit. Arguments as of `minimum_detectable_effect`; `alpha` is the level of each of
+    the two one-sided tests.
     """
     return _multiple(seeds, alpha, power, equivalence=True) * deviation / math.sqrt(seeds)
 
 
 @cache
 def _multiple(seeds: int, tail: float, power: float, *, equivalence: bool) -> float:
-    """Return the multiple of the first study's standard error that a new study finds with that power."""
+    """Return the multiple of the first study's standard error that a new study detects with this power."""
     if seeds < 2:
         raise Misuse(f"power needs at least 2 seeds, got {seeds}")
     critical, ratio = float(stats.t.isf(tail, seeds - 1)), _deviation_ratios(seeds - 1)
@@ -64,6 +65,6 @@ def _multiple(seeds: int, tail: float, power: float, *, equivalence: bool) -> fl
 
 
 def _deviation_ratios(freedom: int) -> Float[np.ndarray, " quantiles"]:
-    """Return equally likely values of a sample deviation over the true one."""
+    """Return equiprobable quantiles of the sample deviation over the true deviation."""
     shares = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     return np.sqrt(stats.chi2.ppf(shares, freedom) / freedom)

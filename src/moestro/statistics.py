@@ -1,4 +1,4 @@
-"""Which differences between recipes are more than noise, and which are too small to matter.
+"""Test which differences between recipes exceed noise, and which are smaller than a margin.
 
 Recipes are paired by seed: both arms of a pair see the same data in the same order and share what initialisation they
 can, so the noise that a seed brings to both cancels. One rule decides (`verdict`): a recipe is better or worse if the
@@ -28,18 +28,18 @@ Verdict = Literal["better", "worse", "equivalent", "not answered", "too few seed
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
 MARGIN = 0.02
-"""Nats per token, 2 % of the perplexity: smaller differences are not worth having unless the user says so."""
+"""Default equivalence margin in nats per token: 2 % of the perplexity."""
 _LARGEST = 1e100
-"""Values up to this can be squared and summed; a loss in float32 is far below."""
+"""Largest value that can safely be squared and summed; a float32 loss is far below."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """A recipe's endpoint minus the first recipe's, paired by seed, over the seeds with which both finished.
 
-    `interval` and everything that tests give is None where there is no test: with fewer than three seeds; where every
-    seed gave the same difference (then the seeds varied nothing, and their spread says nothing about noise); and where
-    one of the recipe's own runs failed (what the others reached says nothing about a recipe that may fail).
+    `interval` and all test results are None if there is no test: with fewer than three seeds; if every seed gave the
+    same difference (their spread then says nothing about noise); or if one of the recipe's own runs failed (its other
+    runs are then a biased sample).
     """
 
     by_seed: tuple[float, ...]
@@ -48,16 +48,18 @@ class Difference:
     interval: tuple[float, float] | None  # 95 %, not adjusted for the number of recipes
     p: float | None
     p_holm: float | None
-    minimum_detectable: float | None  # the true difference that a new study of this size finds four times in five
+    minimum_detectable: float | None  # the true difference that a new study of this size detects four times in five
     verdict: Verdict
-    margin: float | None = None  # differences below it are not worth having; None in files of earlier versions
-    p_equivalence: float | None = None  # of the hypothesis that the true difference is as large as the margin
+    margin: float | None = None  # the equivalence margin; None in files of earlier versions
+    p_equivalence: float | None = None  # of the hypothesis that the true difference is at least the margin in size
     p_equivalence_holm: float | None = None
-    minimum_margin: float | None = None  # the margin within which a new study finds an equal recipe four times in five
+    minimum_margin: float | None = (
+        None  # the margin within which a new study shows an equal recipe equivalent four times in five
+    )
 
     @property
     def within_margin(self) -> bool:
-        """Whether the true difference was shown to be smaller than the margin; also true of some that are better."""
+        """True if the true difference is shown to be below the margin; the verdict may still be better or worse."""
         return self.p_equivalence_holm is not None and self.p_equivalence_holm < ALPHA
 
 
@@ -75,13 +77,13 @@ class DocumentBootstrap:
 def compare_with_first(
     endpoints: Sequence[Sequence[float | None]], *, margin: float = MARGIN
 ) -> tuple[Difference | None, ...]:
-    """Return the paired difference of every recipe but the first to the first, judged together.
+    """Return the paired difference of every other recipe to the first, with p-values adjusted over recipes.
 
-    A recipe has None in place of its difference if there is no seed with which both it and the first one finished.
+    A recipe gets None if there is no seed that both it and the first recipe finished.
 
     Args:
         endpoints: per recipe, its endpoint for every seed, seeds in the same order; None for a run that failed.
-        margin: differences below it are not worth having; in the endpoints' unit.
+        margin: equivalence margin, in the endpoints' unit.
 
     Raises:
         Misuse: as `paired_difference`.
@@ -95,7 +97,7 @@ def compare_with_first(
 
 
 def paired_difference(recipe: Sequence[float], first: Sequence[float], *, margin: float = MARGIN) -> Difference:
-    """Return the mean of `recipe - first` over seeds with its paired t interval, judged as the only recipe.
+    """Return the difference `recipe - first` over seeds with its tests, without adjustment for other recipes.
 
     Raises:
         Misuse: the two differ in length, are empty, or hold a value that is not finite or beyond 1e100; the margin is
@@ -171,16 +173,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: Difference) -> Verdict:
-    """Return what the seeds allow to be said of the recipe against the first. The first rule that applies decides.
+    """Return the verdict on the recipe against the first one. The first rule that applies decides.
 
     1. Fewer than three seeds: "too few seeds to rank".
     2. The Holm-adjusted p of the paired t test is below 0.05: "better" or "worse", by the sign of the mean. The
-       difference may still be shown to be below the margin (`within_margin`): real, and not worth having.
+       difference may also be shown to be smaller than the margin (`within_margin`).
     3. The Holm-adjusted p of the equivalence test is below 0.05: "equivalent".
     4. "not answered".
 
-    So where no recipe differs, at most 5 % of comparisons call any recipe better or worse; and where every recipe
-    differs by the margin, at most 5 % find any of them within it.
+    So if no recipe differs, at most 5 % of comparisons call any recipe better or worse. If every recipe differs by the
+    margin, at most 5 % call any recipe equivalent.
     """
     if len(difference.by_seed) < MIN_SEEDS:
         return "too few seeds to rank"
@@ -243,7 +245,7 @@ def _per_token(
 
 
 def _adjusted(found: Difference, p_holm: float, p_equivalence_holm: float, *, tested: int) -> Difference:
-    """Return the difference as one of `tested` that were tested, with its verdict."""
+    """Return the difference with its adjusted p-values, as one of `tested` recipes, and its verdict."""
     assert found.deviation is not None
     seeds, alpha = len(found.by_seed), ALPHA / tested
     found = replace(

@@ -72,12 +72,12 @@ def at_rate(recipe: Recipe, rate: float, grid: Grid) -> Recipe:
 
 
 def best(screened: Sequence[Screened]) -> float | None:
-    """Return the learning rate of the lowest held-out loss, the lower one of equals; None if all of them failed."""
+    """Return the learning rate with the lowest held-out loss (of equals the lowest rate); None if all failed."""
     losses = {result.learning_rate: result.loss for result in screened if result.loss is not None}
     return min(sorted(losses), key=losses.__getitem__) if losses else None
 
 
 def with_chosen(recipes: Sequence[Recipe], chosen: Sweep) -> list[Recipe]:
-    """Return the recipes at the learning rates that the sweep chose; one that failed at all of them as it is."""
+    """Return the recipes at the chosen learning rates; a recipe that failed at every rate stays unchanged."""
     rates = {recipe.name: chosen.chosen.get(recipe.name, recipe.training.learning_rate) for recipe in recipes}
     return [replace(r, training=replace(r.training, learning_rate=rates[r.name])) for r in recipes]

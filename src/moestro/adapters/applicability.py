@@ -51,7 +51,7 @@ def obstacle(layer: MoELayer, loss: str) -> str | None:
 
 
 def applicable(losses: Iterable[str], layers: Sequence[MoELayer]) -> dict[str, list[str]]:
-    """Of each loss, the layers where it is without effect. Raises Misuse where that is all of them."""
+    """Return the layers where each loss is without effect. Raise Misuse if a loss is without effect at every layer."""
     left_out = {}
     for loss in losses:
         obstacles = {layer.name: why for layer in layers if (why := obstacle(layer, loss))}
@@ -63,7 +63,7 @@ def applicable(losses: Iterable[str], layers: Sequence[MoELayer]) -> dict[str, l
 
 
 def trainable(layer: MoELayer, model: nn.Module) -> bool:
-    """Whether the layer's router learns: its own parameters, or those of what PEFT wraps around it."""
+    """Return whether the layer's router is trained, by its own parameters or by those that PEFT adds to it."""
     inside = {id(module) for module in layer.router.modules()}
     around = [module for module in model.modules() if held_by(module) is not None]
     wrappers = [module for module in around if inside & {id(inner) for inner in module.modules()}]
@@ -81,7 +81,7 @@ def lora_target(layer: MoELayer, model: nn.Module) -> str | None:
 
 
 def refuse_what_cannot_work(aux: "AuxLosses", model: nn.Module, layers: Sequence[MoELayer]) -> None:
-    """Raise Misuse for losses that are without effect; warn where they are so at some layers."""
+    """Raise Misuse for a loss without effect at every layer; warn if it is without effect at some layers only."""
     wanted = [*aux.weights, *(["bias_rate"] if aux.bias_rate else [])]
     for loss, names in applicable(wanted, layers).items():
         logger.warning("%s is without effect at %d of %d layers: %s", loss, len(names), len(layers), names[0])
@@ -93,11 +93,11 @@ def refuse_what_cannot_work(aux: "AuxLosses", model: nn.Module, layers: Sequence
         if frozen:
             target = lora_target(frozen[0], model)
             how = f', or add target_parameters=["{target}"] to the LoRA configuration' if target else ""
-            raise Misuse(f"{loss} moves routers, and that of {frozen[0].name} is frozen: set requires_grad{how}")
+            raise Misuse(f"{loss} trains routers, but the router of {frozen[0].name} is frozen: set requires_grad{how}")
 
 
 def refuse_shared_bias(layers: Sequence[MoELayer]) -> None:
-    """Raise Misuse if layers share a router with a selection bias: each would move it once in a step."""
+    """Raise Misuse if layers share a selection bias: every layer would move it in each step."""
     owners: dict[int, str] = {}
     for layer in layers:
         if layer.bias_at is not None and owners.setdefault(id(layer.selection_bias), layer.name) != layer.name:
@@ -106,7 +106,7 @@ def refuse_shared_bias(layers: Sequence[MoELayer]) -> None:
 
 
 def refuse_to_compete(compete: Compete | None, tap: Tap) -> None:
-    """Raise Misuse where experts are asked to compete and cannot."""
+    """Raise Misuse if competition is requested and the layer's experts cannot compete."""
     if compete is None:
         return
     if tap.original is not None:
@@ -115,4 +115,4 @@ def refuse_to_compete(compete: Compete | None, tap: Tap) -> None:
             f"other people's hooks: {tap.layer.name} has a forward of its own"
         )
     if compete.weights == "router" and compete.forward and tap.layer.scores is None:
-        raise Misuse(f"weights = router needs a router with scores, and that of {tap.layer.name} has none")
+        raise Misuse(f"weights = router needs a router with scores, but the router of {tap.layer.name} has none")

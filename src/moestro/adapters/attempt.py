@@ -1,4 +1,4 @@
-"""Forgetting what layers saw in a part of a batch that broke off."""
+"""Discard the statistics of a pass or micro-batch that failed before its end."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,28 +11,28 @@ if TYPE_CHECKING:
 
 
 class Attempt:
-    """The part of a batch that runs now: a pass of the model, or a trainer's micro-batch.
+    """The part of a batch that is running: one forward pass of the model, or one micro-batch of a trainer.
 
-    A pass may run out of memory after some of its layers have run, and be run again on fewer rows. The statistics of
-    the optimiser step must not hold the first attempt.
+    A pass may run out of memory after some of its layers have run, and then run again on fewer rows. The statistics of
+    the optimiser step must not include the failed attempt.
     """
 
     def __init__(self, layers: "Sequence[LayerLosses]") -> None:
         self.layers = layers
         self.before: list[Seen] | None = None
-        """What layers had seen before the part that has not ended yet."""
+        """Statistics of each layer when the current part began; None between parts."""
 
     def begin(self) -> None:
-        """Begin a part; forget the one before if it never ended."""
+        """Begin a part. Discard the previous one if it never ended."""
         self.undo()
         self.before = [layer.seen() for layer in self.layers]
 
     def end(self) -> None:
-        """Let the part count."""
+        """Keep the statistics of the current part."""
         self.before = None
 
     def undo(self) -> None:
-        """Forget the part that has not ended."""
+        """Discard the statistics of the current part."""
         if self.before is not None:
             for layer, seen in zip(self.layers, self.before, strict=True):
                 layer.go_back_to(seen)
@@ -40,7 +40,7 @@ class Attempt:
 
     @contextmanager
     def of_trainer(self, trainer: TrainerBatch) -> Iterator[None]:
-        """Count the passes until the context ends as one part, or not at all if it raises."""
+        """Treat all passes within the context as one part, and discard it if the context raises."""
         self.begin()
         trainer.computes_loss = True
         try:

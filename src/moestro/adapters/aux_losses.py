@@ -73,12 +73,12 @@ class AuxLosses:
     router_orthogonality: Weight = 0.0
     simbal: Weight = 0.0
     distillation: Weight = 0.0
-    """How much the router learns from competition."""
+    """Weight of the loss that teaches the router the outcome of competition."""
     distillation_form: DistillationForm = "kl"
     distillation_winners: Weight = 0.0
     """mse and relative-mse: extra weight on the winners."""
     diversity: Weight = 0.0
-    """How much the winners of a token shall differ."""
+    """Weight of the loss that makes the outputs of a token's winners differ."""
     diversity_form: DiversityForm = "pairs"
     compete: Compete | None = None
     """When, where and how experts compete while the model trains; None: never."""
@@ -97,25 +97,26 @@ class AuxLosses:
     last: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     """Unweighted value of each loss in the latest micro-batch, detached (as much of it as that micro-batch is)."""
     weighted: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    """What each loss adds to the latest total, detached."""
+    """Weighted value of each loss in the latest total, detached."""
     gradient_ratios: dict[str, float] = field(default_factory=dict, init=False, repr=False)
-    """How large the gradient of each loss that has units was beside the task's, in the first step (NaN: unknown)."""
+    """Gradient norm of each loss that has units, over the task's; measured once (NaN: could not be measured)."""
     firings: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     """How often each layer ran in the latest pass with gradients."""
     _layers: list[LayerLosses] = field(default_factory=list, init=False, repr=False)
     _blocks: int = field(default=1, init=False, repr=False)
     _passes: list[list[dict[str, Tensor]]] = field(default_factory=list, init=False, repr=False)
     _tasks: list[Tensor] = field(default_factory=list, init=False, repr=False)
-    """The losses that the model returned in these passes, while something is to be measured beside them."""
+    """Task losses that the model returned in these passes; kept only while a gradient ratio is still to be measured."""
     _once: str = field(default="", init=False, repr=False)
+    """Why the latest pass's graph allows one backward pass only; empty if it allows more."""
     _watch: Watch | None = field(default=None, init=False, repr=False)
     _silence: Silence = field(default_factory=Silence, init=False, repr=False)
     _trainer: TrainerBatch | None = field(default=None, init=False, repr=False)
     _restored: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _biases_due: bool = field(default=False, init=False, repr=False)
-    """Whether `_restored` holds selection biases that the model was not given yet."""
+    """True if `_restored` holds selection biases that were not written into the model yet."""
     _saved_by: tuple[nn.Module, nn.Module] | None = field(default=None, init=False, repr=False)
-    """The model and what PEFT may have wrapped around it, until the first step."""
+    """The inner model and the model as it was given (perhaps a PEFT model); None after the first step."""
     _attempt: Attempt = field(default_factory=lambda: Attempt([]), init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -126,12 +127,12 @@ class AuxLosses:
             raise Misuse("diversity looks at winners that run: set forward, or diversity to 0")
 
     def over(self, name: str) -> Over | None:
-        """Which tokens the statistic of a loss is taken over; None if it has none."""
+        """Return over which tokens a loss takes its statistic; None if it has no statistic."""
         return {"balance": self.balance_over, "variance": self.variance_over}.get(name)
 
     @property
     def scales_known(self) -> bool:
-        """Whether every layer's losses were brought to the size of balance, as `scaling = "relative"` does it."""
+        """True once `scaling = "relative"` has measured the scale of every layer's losses."""
         return all(state.scales is not None for state in self._layers)
 
     @property
@@ -212,7 +213,7 @@ class AuxLosses:
         if self._trainer is None:
             self._attempt.begin()
         elif not self._trainer.computes_loss:
-            return  # somebody else's pass: its loss is not the trainer's
+            return  # a pass outside compute_loss, such as a callback's: the trainer does not use its loss
         if not current.training:
             if self.weights:
                 self._silence.look_at_pass(current, inputs)
@@ -259,15 +260,15 @@ class AuxLosses:
         return output
 
     def total(self, task: Tensor | None = None) -> Tensor | None:
-        """The weighted sum of the passes since the last call, with its graph; None where there was none.
+        """Return the weighted sum of the losses of all passes since the last call, with its graph; None without a pass.
 
-        `task` is the loss that it will be added to, where the model does not return that.
+        `task` is the loss that the sum will be added to. Pass it if the model does not return that loss itself.
         """
         passes, self._passes = self._passes, []
         if not passes or not self.weights:
             return None
         weighted = [self._weighted(terms) for terms in passes]
-        # Where sequences count alike, several passes in one go are the parts of one batch.
+        # If sequences count alike, each of several passes is an equal part of one batch.
         divisor = len(passes) if self._trainer is not None and self._trainer.items is None else 1
         parts = [torch.stack([*values.values()]) for values in weighted]
         self.weighted = dict(zip(weighted[0], (torch.stack(parts).detach().sum(0) / divisor).unbind(), strict=True))
@@ -278,7 +279,7 @@ class AuxLosses:
         return total / divisor if divisor > 1 else total
 
     def _measure(self, terms: dict[str, Any], task: Tensor | None) -> None:
-        """Compare the gradients of losses that have units with the task's, once."""
+        """Measure, once, the gradient norms of losses that have units relative to the task's."""
         tasks, self._tasks = self._tasks, []
         if not terms or torch.compiler.is_compiling():
             return
@@ -287,7 +288,7 @@ class AuxLosses:
         self.gradient_ratios |= measure(self, self._watch.model, terms, task, once=self._once)
 
     def _weighted(self, terms: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Each loss of one pass, weighted, over all layers."""
+        """Return each weighted loss of one pass, summed over layers and divided by the number of blocks."""
         weights, self.last, parts = self.weights, {}, {}
         for name, weight in weights.items():
             mine = [(state, term[name]) for state, term in zip(self._layers, terms, strict=True) if name in term]
@@ -299,7 +300,7 @@ class AuxLosses:
         return parts
 
     def _check_finite(self, total: Tensor, passes: list[list[dict[str, Tensor]]]) -> None:
-        """Checked once for all layers, because every look at a value waits for the device."""
+        """Raise TrainingFailed if the total is not finite. All layers share one check: reads wait for the device."""
         if torch.compiler.is_compiling() or bool(total.detach().isfinite()):
             return
         for terms in passes:
@@ -311,16 +312,16 @@ class AuxLosses:
 
     @contextmanager
     def micro_batch(self, trainer: TrainerBatch) -> Iterator[None]:
-        """Let the passes until the context ends count as one micro-batch of `trainer`; others do not count."""
-        self._passes = []  # of a loss that was never computed
+        """Count the passes within the context as one micro-batch of `trainer`; ignore all other passes."""
+        self._passes = []  # left by a pass whose loss was never computed
         with self._attempt.of_trainer(trainer):
             yield
 
     def discard(self) -> None:
         """Forget all passes since the last step: call it instead of `step` if the optimiser's step was skipped.
 
-        A step is skipped by a gradient scaler that met an infinite gradient, or by a loop that ran out of memory and
-        begins the batch again. What was thrown away must not count in lagged statistics, biases or competition.
+        A gradient scaler skips a step if a gradient is infinite, and a training loop skips one if it ran out of memory
+        and repeats the batch. The discarded passes must not count in lagged statistics, biases or competition.
         """
         for state in self._layers:
             state.go_back_to(NOTHING_SEEN)
@@ -341,21 +342,21 @@ class AuxLosses:
         self.steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain numbers; selection biases in fp32, whatever the model keeps."""
+        """Return the state that a resumed run needs, as plain numbers; selection biases always in fp32."""
         layers = {state.layer.name: state.state() for state in self._layers} or self._restored.get("layers", {})
         measured = {name: ratio for name, ratio in self.gradient_ratios.items() if math.isfinite(ratio)}
         return {"steps": self.steps, "layers": layers} | ({"gradient_ratios": measured} if measured else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`, before or after attaching; the model gets the selection biases in it."""
+        """Restore `state_dict`, before or after attaching, and write its selection biases into the model."""
         self._load(state, biases=True)
 
     def restart_from(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict` without its selection biases: the model keeps its own, as it keeps its weights."""
+        """Restore `state_dict` but leave the model's selection biases as they are, like its weights."""
         self._load(state, biases=False)
 
     def _load(self, state: dict[str, Any], *, biases: bool) -> None:
-        """Restore `state_dict`; without `biases` those of the model stay, though they may be rounded."""
+        """Restore `state_dict`; write its selection biases into the model only if `biases` is true."""
         self._restored, self.steps = state, state["steps"]
         self.gradient_ratios = dict(state.get("gradient_ratios", {}))
         self._biases_due = biases and not self._layers

@@ -20,7 +20,7 @@ class TrainerBatch:
     """Label tokens over all micro-batches and ranks; None where sequences count alike and micro-batches are averaged
     (DPO, GRPO)."""
     computes_loss: bool = False
-    """Whether the trainer's `compute_loss` runs: passes outside it are no part of the batch."""
+    """True while the trainer's `compute_loss` runs: passes outside it are not part of the batch."""
 
 
 def describe(
@@ -28,10 +28,10 @@ def describe(
 ) -> Batch:
     """Return the batch of one forward pass.
 
-    `shifts_labels`: position i is scored by label i + 1, as in causal losses. `labels_tokens`: labels of the shape of
-    the tokens are theirs, and not several of a row.
-    A sequence is a row, or what lies between two starts where several are packed into a row (moestro.adapters.masks).
-    Of multiple choice, [batch, choices, sequence], every choice is a row.
+    `shifts_labels`: label i + 1 scores position i, as in causal losses. `labels_tokens`: labels of the same shape as
+    the tokens label tokens; false for classification of rows, which may have several labels each.
+    A sequence is a row, or one packed sequence of a row (moestro.adapters.masks). In multiple choice,
+    [batch, choices, sequence], every choice is a row.
     """
     inputs = with_choices_as_rows(inputs)
     tokens = inputs.get("input_ids")
@@ -71,7 +71,7 @@ def label_positions(inputs: dict[str, Any], shifts_labels: bool) -> Tensor | Non
 
 
 def with_choices_as_rows(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of a model of multiple choice with the choices of all examples as rows."""
+    """Return multiple-choice inputs [batch, choices, sequence] with every choice as a row; other inputs unchanged."""
     if not isinstance(ids := inputs.get("input_ids"), Tensor) or ids.ndim != 3:
         return inputs
     given = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids")}
@@ -79,7 +79,7 @@ def with_choices_as_rows(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def labels_of_rows(inputs: dict[str, Any], *, shifts_labels: bool) -> Float[Tensor, " labelled"] | None:
-    """Return how many labels each row has, as a Trainer counts its items; None without labels.
+    """Return the number of labels in each row, counted as the Trainer counts items; None without labels.
 
     There may be one per row (classification, the answer's start), several (multi-label), or one per token.
     """
@@ -126,9 +126,9 @@ def share_of_sequences(
 def labels_of_sequences(
     rows: Float[Tensor, " labelled"], present: Float[Tensor, " sequences"]
 ) -> Float[Tensor, " sequences"]:
-    """Return the labels of each sequence: its row's, or its part of an example's with several rows (choices).
+    """Return the number of labels of each sequence; sequences of one example (choices) share its labels equally.
 
-    If labels are cut into rows otherwise than tokens are, all sequences get the same part.
+    If the sequences do not divide evenly among the labelled rows, all sequences share all labels equally.
     """
     each, rest = divmod(len(present), len(rows))
     if rest:

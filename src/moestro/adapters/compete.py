@@ -53,14 +53,14 @@ class Competitor:
         self.wants_outputs = rule.through_weights or diverse
         """Whether each chosen expert's own output is needed where experts compete."""
         self.sums: Tensor | None = None
-        """Of the responses since the last optimiser step."""
+        """Moments of the responses since the last optimiser step."""
         self.seen: Tensor | None = None
         """Of earlier steps, ever less of them."""
         self.offset: Tensor | None = None
-        """Of each expert's strength, as its wins have moved it."""
+        """Offset of each expert's strength, moved by `balance_winners`."""
         self.statistics: ResponseStatistics | None = None
         self.counts: Tensor | None = None
-        """Tokens that competed since the last optimiser step, and those of them whose responses are not finite."""
+        """Tokens that competed since the last optimiser step, and how many of them had non-finite responses."""
         self.warned = False
         self.begin(0)
 
@@ -87,9 +87,9 @@ class Competitor:
         self.begin(step)
 
     def check_counts(self) -> None:
-        """Warn of the first tokens that could not compete, and raise TrainingFailed where none of a step could.
+        """Warn once if responses are not finite; raise TrainingFailed if no response of a step is finite.
 
-        Read once per step, because every look at a value waits for the device.
+        The counts are read once per step, because reading a value waits for the device.
         """
         if self.counts is None:
             return

@@ -1,4 +1,4 @@
-"""The dtype in which experts really multiply, which a backend may decide against autocast."""
+"""The dtype of the experts' matrix products, which a backend may choose regardless of autocast."""
 
 import logging
 from collections.abc import Iterable
@@ -13,12 +13,12 @@ from moestro.routing import MoELayer
 
 logger = logging.getLogger(__name__)
 
-# Which of its arguments is the left factor.
+# Position of the left factor among each operator's arguments.
 PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "_grouped_mm": 0, "grouped_mm_fallback": 0}
 
 
 class Products(TorchDispatchMode):
-    """Collects the dtype of every matrix product that runs while it is entered, forward and backward."""
+    """Record the dtype of every matrix product within the context, forward and backward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Products(TorchDispatchMode):
 
 @torch.no_grad()
 def experts_dtypes(model: nn.Module) -> set[torch.dtype]:
-    """Run the experts of each MoE layer on tokens of zeros, and return the dtypes of their products."""
+    """Run the experts of each MoE layer on zeros, and return the dtypes of their matrix products."""
     config: Any = inner_model(model).config
     width = config.get_text_config().hidden_size
     with Products() as seen:
@@ -46,7 +46,7 @@ def experts_dtypes(model: nn.Module) -> set[torch.dtype]:
 
 
 def warn_of_full_precision(layers: Iterable[MoELayer]) -> None:
-    """Say where transformers' `grouped_mm` runs experts in the dtype of their weights though autocast is on."""
+    """Warn if transformers' `grouped_mm` runs experts in the dtype of their weights despite autocast."""
     for layer in layers:
         backend = getattr(getattr(layer.experts, "config", None), "_experts_implementation", None)
         weight = next((p for p in layer.experts.parameters() if p.ndim > 1), None)
@@ -57,8 +57,8 @@ def warn_of_full_precision(layers: Iterable[MoELayer]) -> None:
         if weight.dtype != (wanted := torch.get_autocast_dtype(weight.device.type)):
             names = [str(dtype).removeprefix("torch.") for dtype in (weight.dtype, wanted)]
             logger.warning(
-                "experts run in %s under %s autocast, by their backend grouped_mm: write "
-                'model.set_experts_implementation("autocast_mm") for the autocast dtype',
+                "experts run in %s despite %s autocast, because the backend grouped_mm ignores autocast: write "
+                'model.set_experts_implementation("autocast_mm")',
                 *names,
             )
             return

@@ -59,9 +59,9 @@ def describe(layer: MoELayer, parent: nn.Module) -> MoELayer:
 
 
 def package(module: nn.Module) -> str:
-    """Return the package of transformers' models that a module's class or a base of it is from; else its top package.
+    """Return the transformers model package that defines a module's class or one of its bases; else its top package.
 
-    Bases count because parametrizations and FSDP give a module a class of their own, derived from the one it had.
+    Bases count because parametrizations and FSDP replace a module's class by a subclass of it.
     """
     for kind in type(module).__mro__:
         parts = kind.__module__.split(".")

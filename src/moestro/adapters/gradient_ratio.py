@@ -1,9 +1,9 @@
-"""How large the gradient of a loss that has units is beside the task's: measured once, in the first step it acts in.
+"""The gradient norm of a loss that has units over that of the task loss, measured once, in the first step it acts in.
 
 Default forms are blind to the units of hidden states and need no measurement. `projection` and `span` are in squared
 units of the experts' outputs, router_z in squared units of logits, simbal in squared units of the router's weights: a
-weight that is right for one model ruins another. The price is one more backward pass for the task and one for each of
-these losses, in one micro-batch of a training; no gradient changes, because none is accumulated.
+weight that suits one model ruins another. The measurement costs one extra backward pass for the task and one for each
+of these losses, in one micro-batch of a run. It changes no gradient, because it accumulates none.
 """
 
 import logging
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MOST = 1.0
-"""Above this ratio a user is warned: the loss outweighs the task."""
+"""Largest ratio without a warning: above it the loss outweighs the task."""
 
 
 def unmeasured(aux: "AuxLosses") -> dict[str, str]:
-    """The losses with units that act now and were not measured yet, and what to write instead of each."""
+    """Return the losses with units that act in this step and are not measured yet, each with advice for the user."""
     relative = aux.scaling == "relative"
     advice = {"router_z": "a smaller router_z", "simbal": "a smaller simbal, or router_orthogonality"}
     if aux.orthogonality_form in ("projection", "span"):
@@ -41,20 +41,25 @@ def unmeasured(aux: "AuxLosses") -> dict[str, str]:
 def measure(
     aux: "AuxLosses", model: nn.Module, terms: Mapping[str, Tensor], task: Tensor | None, *, once: str
 ) -> dict[str, float]:
-    """Return each such loss's gradient over the task's, at the loss's full weight, and warn where it is too large.
+    """Return the gradient norm of each unmeasured loss, at its full weight, over the task's; warn if it exceeds `MOST`.
 
-    `terms` and `task` are what the gradient is taken of, by all parameters of experts and routers; where neither are
-    trained, by everything that is. `once` says why the graph can be gone through only once, or is empty. NaN: not
-    measured. Empty if this pass's task has no gradient.
+    Gradients of `terms` and `task` are taken with respect to the trained parameters of experts and routers, or all
+    trained parameters if there are none of those. `once` says why the graph allows one backward pass only; the ratios
+    are then NaN. The result is empty if the task has no gradient in this pass.
     """
     parameters, advice = trained(model), unmeasured(aux)
     if task is None or (why := obstacle(model, parameters, once)):
         why = "the model returned no loss" if task is None else why
         for name, instead in advice.items():
-            logger.warning("%s depends on units, and its gradient was not measured: %s. Safe is %s", name, why, instead)
+            logger.warning(
+                "%s depends on the model's units, and its gradient could not be measured: %s. Safer is %s",
+                name,
+                why,
+                instead,
+            )
         return dict.fromkeys(advice, float("nan"))
     of_task, found = norm(task, parameters), dict[str, float]()
-    if of_task == 0:  # as where GRPO's answers are all equally good: the next pass may tell
+    if of_task == 0:  # such as GRPO with equally good answers: try again in the next pass
         return found
     for name, instead in advice.items():
         full = getattr(aux, name) / aux.weights[name]
@@ -69,23 +74,23 @@ def measure(
 
 
 def trained(model: nn.Module) -> list[Tensor]:
-    """The parameters of experts and routers that are trained; everything that is, where they are not."""
+    """Return the trained parameters of experts and routers, or all trained parameters if there are none of those."""
     part_of = parts(model)
     everything = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return [p for name, p in everything.items() if part_of.get(name, "rest") != "rest"] or [*everything.values()]
 
 
 def obstacle(model: nn.Module, parameters: list[Tensor], once: str) -> str:
-    """Why nothing can be measured; empty where it can."""
+    """Return why gradients cannot be measured; empty if they can."""
     if any(isinstance(parameter, DTensor) for parameter in parameters):
         return "parameters are sharded"
     if any(module._compiled_call_impl is not None for module in model.modules()):
-        return "the model is compiled"  # its graph can be gone through once
+        return "the model is compiled"  # a compiled graph allows one backward pass only
     return once
 
 
 def norm(loss: Tensor, parameters: list[Tensor]) -> float:
-    """Length of the gradient, which is accumulated nowhere."""
+    """Return the norm of the gradient without accumulating it."""
     if not loss.requires_grad or not parameters:
         return 0.0
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

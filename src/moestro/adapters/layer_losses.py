@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 Seen = tuple[Tensor | None, ...]
-"""What a layer saw since the last optimiser step."""
+"""Statistics of a layer since the last optimiser step."""
 
 NOTHING_SEEN: Seen = (None,) * 5
 
@@ -52,7 +52,7 @@ class LayerLosses:
         self.names = [name for name in LOSSES if getattr(aux, name) and obstacle(layer, name) is None]
         self.bias = SelectionBias(layer) if aux.bias_rate and layer.bias_at is not None else None
         self.terms: dict[str, Tensor] = {}
-        """This pass's losses, each weighted over sequences and summed over the layer's runs, with their graph."""
+        """Losses of this pass, weighted over sequences and summed over the layer's runs, with their graph."""
         self.load: Tensor | None = None
         """Choices per expert since the last optimiser step."""
         self.proposed: Tensor | None = None
@@ -85,13 +85,13 @@ class LayerLosses:
         terms = {name: self.weigh(name, record, current.share) for name in self.names}
         if record.recomputed:
             return
-        # Added up, because models may run a layer several times in a pass.
+        # Summed, because a model may run a layer several times in a pass.
         self.terms = {name: added(self.terms.get(name), value) for name, value in terms.items()}
         with torch.no_grad(), beside_checkpoints():
             self.count(record, terms, current.share)
 
     def follow(self, layer: MoELayer) -> None:
-        """Go on with the handle of the modules that run now: PEFT may have put others in their place."""
+        """Use the handle on the modules that run now: PEFT may have replaced the earlier ones."""
         self.layer = layer
         if self.bias is not None:
             self.bias.layer = layer
@@ -131,7 +131,7 @@ class LayerLosses:
         assert weight is not None
         if weight.is_meta or not weight.is_floating_point():
             raise Misuse(
-                f"router_orthogonality and simbal need the router's weight, and that of {self.layer.name} is "
+                f"router_orthogonality and simbal need the router's weight, but that of {self.layer.name} is "
                 f"{'offloaded' if weight.is_meta else 'quantised'}: load it without, or set them to 0"
             )
         return weight[: self.layer.num_experts]
@@ -164,7 +164,7 @@ class LayerLosses:
 
     def count(self, record: LayerRecord, terms: dict[str, Tensor], share: Tensor) -> None:
         """Add this pass to the statistics of the optimiser step."""
-        load = choices(record.routing, record.batch, self.layer.num_experts).double()  # beyond 2^24, fp32 loses ones
+        load = choices(record.routing, record.batch, self.layer.num_experts).double()  # fp32 cannot count beyond 2^24
         self.load = added(self.load, load)
         if self.bias is not None:
             rerouted = record.proposed is not record.routing
@@ -185,12 +185,12 @@ class LayerLosses:
         return 0.0 if self.scales is None else self.scales[index]
 
     def seen(self) -> Seen:
-        """Return what was seen since the last optimiser step. Tensors are replaced, so nothing needs a copy."""
+        """Return the statistics since the last optimiser step; not copied, as tensors are never changed in place."""
         responses = None if self.competitor is None else self.competitor.sums
         return self.load, self.proposed, self.scores, self.sizes, responses
 
     def go_back_to(self, seen: Seen) -> None:
-        """Forget what was seen after `seen`."""
+        """Set the statistics back to `seen`."""
         self.load, self.proposed, self.scores, self.sizes, responses = seen
         if self.competitor is not None:
             self.competitor.sums = responses
@@ -224,7 +224,7 @@ class LayerLosses:
         return {name: value.tolist() for name, value in kept.items() if value is not None}
 
     def load_state(self, state: dict[str, list], *, biases: bool) -> None:
-        """Restore `state`; `biases`: the model's selection bias too."""
+        """Restore `state`; if `biases` is true, write the selection bias into the model too."""
         device = next(self.layer.router.parameters()).device
         if self.bias is not None and "bias" in state:
             self.bias.restore(state["bias"], into_model=biases)

@@ -48,7 +48,7 @@ def block_number(layer: MoELayer) -> int:
 
 
 def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield plain name and module of all experts that run: what takes (hidden_states, index, weight).
+    """Yield plain name and module of all experts that run: modules that take (hidden_states, index, weight).
 
     Those of vision and audio towers are left alone: what a batch's sequences and labels are says nothing of them.
     """
@@ -58,12 +58,12 @@ def experts_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         of_another_tower = re.search(r"(^|\.)(vision|visual|audio|image)", name)
         if takes_routing and not of_another_tower and families.package(module) not in families.OUTSIDE:
             plain = plain_name(name)
-            if module_at(model, plain) is module:  # and not PEFT's original of what it trains a copy of
+            if module_at(model, plain) is module:  # skips the original module that PEFT keeps beside its trained copy
                 yield plain, module
 
 
 def refuse_shared_experts(model: nn.Module, layers: Sequence[MoELayer]) -> None:
-    """Raise Misuse if several routers share experts: which of them chose cannot be told at the experts."""
+    """Raise Misuse if several routers share experts: the experts cannot tell which router chose them."""
     known = {layer.experts: layer for layer in layers}
     for name, module in model.named_modules(remove_duplicate=False):
         if (layer := known.get(module)) is not None:
@@ -73,7 +73,7 @@ def refuse_shared_experts(model: nn.Module, layers: Sequence[MoELayer]) -> None:
 
 
 def layer_of(model: nn.Module, name: str, experts: nn.Module) -> MoELayer:
-    """Return the handle on the layer that `experts`, of this plain name, belong to."""
+    """Return the handle on the layer of `experts`, whose plain name is `name`."""
     parent_name = name.rpartition(".")[0]
     parent = module_at(model, parent_name)
     router = find_router(parent, name)
@@ -99,7 +99,7 @@ def find_router(parent: nn.Module, path: str) -> nn.Module:
 
 
 def moved(layer: MoELayer, names: Mapping[nn.Module, str], model: nn.Module) -> MoELayer:
-    """Return the handle on the modules that now run under the plain `names` of those that the layer was found with."""
+    """Return the layer with each module replaced by the one that now runs under the same plain name."""
 
     def now(module: nn.Module) -> nn.Module:
         return module_at(model, names[module]) if module in names else module

@@ -1,6 +1,6 @@
-"""What a trainer logs while losses are attached: the task's loss and each weighted auxiliary loss apart.
+"""Log the task loss and each weighted auxiliary loss separately while losses are attached to a trainer.
 
-The trainer's own `loss` is their sum, in which a loss that outweighs the task cannot be told from a task that fails.
+The trainer's own `loss` is their sum, which does not show whether an auxiliary loss is too large or the task fails.
 """
 
 from collections.abc import Mapping
@@ -15,31 +15,31 @@ TASK = "loss_task"
 
 
 class LossLog:
-    """Sums since the last log. They stay on the device, and are read once per log."""
+    """Sums of losses since the last log. They stay on the device and are read once per log."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.once: dict[str, float] = {}
-        """What the next log says and no other."""
+        """Values for the next log alone."""
         self.step = 0
-        """The optimiser step that the last log followed."""
+        """The optimiser step of the last log."""
 
     def begin(self, step: int) -> None:
-        """Forget what was seen: training starts, or starts again, after this step."""
+        """Clear all sums: training starts, or starts again, after this step."""
         self.sums, self.once, self.step = {}, {}, step
 
     def note(self, ratios: Mapping[str, float]) -> None:
-        """Say in the next log how large the gradient of some losses is beside the task's, if that is known."""
+        """Add gradient ratios to the next log, except those that could not be measured."""
         self.once |= {f"aux/{name}/gradient_ratio": ratio for name, ratio in ratios.items() if isfinite(ratio)}
 
     def add(self, task: Tensor, terms: Mapping[str, Tensor], divisor: int) -> None:
-        """Add one micro-batch, of which the gradient holds 1 / `divisor`."""
+        """Add the losses of one micro-batch, whose share in the step's gradient is 1 / `divisor`."""
         for name, value in {TASK: task, **{f"aux/{name}": term for name, term in terms.items()}}.items():
             part = value.detach().mean() / divisor
             self.sums[name] = part if name not in self.sums else self.sums[name] + part.to(self.sums[name].device)
 
     def figures(self, step: int) -> dict[str, float]:
-        """Mean over the optimiser steps up to `step` and over ranks, as the Trainer has it of `loss`; start anew."""
+        """Return means over ranks and the steps since the last log, like the Trainer's `loss`, and clear the sums."""
         sums, once, steps = self.sums, self.once, max(1, step - self.step)
         self.begin(step)
         if not sums:

@@ -1,4 +1,4 @@
-"""Which of a batch's tokens are padding and where its sequences begin, from whatever attention is told of it.
+"""Find padding and the starts of sequences in a batch from the inputs that describe attention.
 
 Models take a matrix of valid tokens, a mask of queries and keys (True, or 0 and not minus infinity, where a query may
 attend), a BlockMask of flex attention, one of these per type of layer, or the bounds of sequences packed into rows.
@@ -15,7 +15,7 @@ from torch import Tensor
 from moestro.errors import Misuse
 
 MASKED = -5000.0
-"""Additive masks are below it where a query may not attend: minus infinity, a dtype's least number, -1e9 or -1e4."""
+"""Additive masks are below this where a query must not attend: minus infinity, a dtype's minimum, -1e9 or -1e4."""
 
 BOUNDS = ("cu_seq_lens_q", "cu_seqlens_q", "cu_seq_lens", "cu_seqlens")
 """Names of the ends of packed sequences, counted over all tokens of the batch and beginning with 0."""
@@ -32,7 +32,7 @@ class Layout:
 
 
 def layout(inputs: Mapping[str, Any], rows: int, length: int) -> Layout:
-    """Return what the model's inputs say of its tokens; Misuse for a mask of an unknown kind."""
+    """Return padding and sequence starts by the model's inputs. Raise Misuse for an unknown kind of mask."""
     own = layout_of_mask(inputs.get("attention_mask"), rows, length)
     starts = starts_of_packing(inputs, rows, length)
     if starts is not None:
@@ -44,21 +44,21 @@ def layout(inputs: Mapping[str, Any], rows: int, length: int) -> Layout:
 
 
 def positions(value: Any, rows: int, length: int) -> Int[Tensor, "rows length"] | None:
-    """Return the tokens' positions in their texts; of images' positions [4, rows, length] the first is the text's."""
+    """Return the positions of tokens; of multimodal positions [4, rows, length] the text's, which come first."""
     if isinstance(value, Tensor) and value.ndim == 3 and len(value) == 4:
         value = value[0]
     return value.expand(rows, length) if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 def starts_at(begins: Bool[Tensor, "rows rest"]) -> Bool[Tensor, "rows length"]:
-    """Return `begins`, which leaves the first token of each row out, with that: it begins a sequence too."""
+    """Return sequence starts from `begins`, which omits the first token of each row: it always starts a sequence."""
     return torch.cat(
         [torch.ones_like(begins[:, :1]) if begins.shape[1] else begins.new_ones(len(begins), 1), begins], 1
     )
 
 
 def starts_of_packing(inputs: Mapping[str, Any], rows: int, length: int) -> Bool[Tensor, "rows length"] | None:
-    """Return where packed sequences begin by FlashAttention's bounds or Mamba's `seq_idx`; None without them."""
+    """Return the starts of packed sequences by FlashAttention's bounds or Mamba's `seq_idx`; None without either."""
     index = inputs.get("seq_idx")
     if isinstance(index, Tensor) and index.ndim == 2:
         return starts_at(index.expand(rows, length).diff(dim=1) != 0)
@@ -71,7 +71,7 @@ def starts_of_packing(inputs: Mapping[str, Any], rows: int, length: int) -> Bool
 
 
 def layout_of_mask(mask: Any, rows: int, length: int) -> Layout:
-    """Return what an attention mask of any kind says of the tokens."""
+    """Return padding and sequence starts by an attention mask of any supported kind."""
     if isinstance(mask, Mapping):
         mask = mask_of_whole_rows(mask)
     if mask is None:
@@ -91,22 +91,22 @@ def layout_of_mask(mask: Any, rows: int, length: int) -> Layout:
 
 
 def mask_of_whole_rows(masks: Mapping[str, Any]) -> Any:
-    """Return the mask of the layers that attend to whole sequences, from one mask per type of layer."""
+    """Return the full-attention mask from a mapping with one mask per type of layer, or the first mask without one."""
     given = {name: mask for name, mask in masks.items() if mask is not None}
     return given.get("full_attention", next(iter(given.values()), None))
 
 
 def allowed(mask: Tensor) -> Bool[Tensor, "rows queries keys"]:
-    """Return where a query may attend to a key, in any head."""
+    """Return True where a query may attend to a key in at least one head."""
     may = mask > MASKED if mask.is_floating_point() else mask.bool()
     return may.any(1) if may.ndim == 4 else may
 
 
 def layout_of_pairs(may: Bool[Tensor, "some queries keys"], rows: int) -> Layout:
-    """Return the layout by which queries may attend to which keys.
+    """Return the layout of a mask of queries and keys.
 
-    A token that may not attend to itself is padding. So is one that may attend to everything but is not seen by its
-    row's last token: kernels that cannot do without any key are given all of them where padding comes first.
+    A token that may not attend to itself is padding. So is a token that may attend to every key and that the row's
+    last token may not attend to: for left padding, masks allow all keys to kernels that need at least one.
     """
     length = may.shape[1]
     past = may.shape[2] - length
@@ -117,7 +117,7 @@ def layout_of_pairs(may: Bool[Tensor, "some queries keys"], rows: int) -> Layout
 
 
 def layout_of_block_mask(mask: Any, rows: int, length: int) -> Layout:
-    """Return the layout by the function that a BlockMask was made with."""
+    """Return the layout of a BlockMask by evaluating its `mask_mod`."""
     past, device = mask.seq_lengths[1] - mask.seq_lengths[0], mask.kv_num_blocks.device
     row, token = torch.arange(rows, device=device), torch.arange(length, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
@@ -132,7 +132,7 @@ def layout_of_block_mask(mask: Any, rows: int, length: int) -> Layout:
 
 
 def checked(valid: Bool[Tensor, "some length"], before: Bool[Tensor, "some rest"], rows: int) -> Layout:
-    """Return the layout by who may attend to itself, and to the token before it. Misuse where nobody may."""
+    """Return the layout from which tokens attend to themselves and to the token before. Misuse if all are padding."""
     if not torch.compiler.is_compiling() and not bool(valid.any()):
         raise Misuse("attention_mask must let tokens attend to themselves, got one in which none may: all are padding")
     length = valid.shape[1]

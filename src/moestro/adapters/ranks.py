@@ -10,7 +10,7 @@ def rank() -> int:
 
 
 def num_ranks() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 

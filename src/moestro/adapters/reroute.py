@@ -129,7 +129,7 @@ class Chooser:
             product = listening.widths.index(listening.widths[-1]) if listening.widths else None
         selection = Selection(tokens, experts, banned, noise, product)
         again, expert, weight = self._run(selection, proposed, routed)
-        # Padding that is left without experts has weights of 0 / 0, which attention would spread to other tokens.
+        # Padding without experts has weights 0 / 0 = NaN, which attention would spread to other tokens.
         weight = weight.masked_fill(selection.lacking.to(weight.device)[:, None] & ~weight.isfinite(), 0.0)
         routing = routing_of(self.layer, again, expert, weight)
         self._check(selection, batch, routing)
@@ -176,7 +176,7 @@ class Chooser:
 
 
 def check_routing(layer: MoELayer, routing: Any, proposed: Routing) -> None:
-    """Raise Misuse unless a rule's routing can run: whole numbers of experts that the layer has, each with a weight."""
+    """Raise Misuse unless a rule's routing has integer indices of existing experts, with a finite weight each."""
     if not isinstance(routing, Routing):
         raise Misuse(f"the rule of {layer.name} must return a Routing, got {type(routing).__name__}")
     expert, weight = routing.expert, routing.weight

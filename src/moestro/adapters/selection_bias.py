@@ -1,4 +1,4 @@
-"""A router's selection bias, moved between optimiser steps, and kept where a save of the model would lose it."""
+"""A router's selection bias: moved between optimiser steps, and saved with a PEFT adapter, which would omit it."""
 
 import logging
 from collections.abc import Iterable
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 NAMES = "_moestro_selection_biases"
 
 ADAPTER, PICKLED_ADAPTER = "adapter_model.safetensors", "adapter_model.bin"
-"""What PEFT calls its files."""
+"""File names of PEFT adapters."""
 
 
 class SelectionBias:
     """One layer's selection bias in fp32, and its rounded copy in the model.
 
-    A step of 0.001 is lost on a bf16 number of size 8. So the steps add up here, and the model gets the sum.
+    A step of 0.001 is rounded away on a bf16 value of 8. So steps accumulate in fp32 here, and the model gets a copy.
     """
 
     def __init__(self, layer: MoELayer) -> None:
@@ -38,7 +38,7 @@ class SelectionBias:
         """The bias in fp32; None before its first step."""
 
     def own(self) -> Tensor:
-        """Return the model's tensor, of any shape and precision. Raise Misuse if its values are elsewhere."""
+        """Return the model's bias, of any shape and dtype. Raise Misuse if it is offloaded."""
         bias = self.layer.selection_bias
         assert bias is not None
         if bias.is_meta:
@@ -56,9 +56,9 @@ class SelectionBias:
         return whole.view(-1)[: self.layer.num_experts]
 
     def value(self) -> Float[Tensor, " experts"]:
-        """Return the bias in fp32: `master`, but for entries that somebody else has changed in the model since.
+        """Return the bias in fp32: `master`, except entries that were changed in the model since the last step.
 
-        A checkpoint that was loaded meanwhile, or the user, counts for more than what was added up here.
+        Those entries come from a loaded checkpoint or the user, and take precedence over `master`.
         """
         own = self.entries(full(self.own()))
         precise = own.to(precision(own))
@@ -73,14 +73,14 @@ class SelectionBias:
         self.write(next_bias(value, load.to(value.device), rate))
 
     def restore(self, saved: list[float], *, into_model: bool) -> None:
-        """Go on from a `master` that was saved; `into_model`: the model does not hold it yet."""
+        """Restore a saved `master`; if `into_model` is true, write it into the model too."""
         own = self.own()
         self.master = torch.tensor(saved, dtype=precision(own), device=own.device)
         if into_model:
             self.write(self.master)
 
     def write(self, value: Float[Tensor, " experts"]) -> None:
-        """Make `value` the bias, here and in the model."""
+        """Set the bias to `value`, here and in the model."""
         self.master, own = value, self.own()
         if isinstance(own, DTensor):
             whole = own.full_tensor()
@@ -91,7 +91,7 @@ class SelectionBias:
 
 
 def precision(own: Tensor) -> torch.dtype:
-    """Return the precision that steps add up in."""
+    """Return the dtype in which steps accumulate."""
     return torch.float64 if own.dtype == torch.float64 else torch.float32
 
 
@@ -101,10 +101,10 @@ def full(tensor: Tensor) -> Tensor:
 
 
 def keep_with_adapter(model: nn.Module, layers: Iterable[MoELayer]) -> None:
-    """Let saves of a PEFT model hold the selection biases too, from now on; other models hold them anyway.
+    """Make saves of a PEFT model include the selection biases; saves of other models include them anyway.
 
-    An adapter is saved without its base model's buffers, so a reloaded adapter would meet the biases that the base
-    model had before `bias_rate` moved them, and route otherwise. PEFT loads what it finds in an adapter's file.
+    PEFT saves an adapter without the buffers of its base model. A reloaded adapter would then run with the biases from
+    before training, and route differently. PEFT loads every tensor that it finds in an adapter's file.
     """
     model = unwrapped(model)
     if not saves_adapters(model) or NAMES in model.__dict__:
@@ -112,32 +112,32 @@ def keep_with_adapter(model: nn.Module, layers: Iterable[MoELayer]) -> None:
     paths = {id(module): name for name, module in model.named_modules()}
     names = [f"{paths[id(layer.bias_at[0])]}.{layer.bias_at[1]}" for layer in layers if layer.bias_at is not None]
     setattr(model, NAMES, [name for name in names if ".modules_to_save." not in name])  # PEFT saves those itself
-    # A method of the instance, bound as its class's would be: a copy of the model saves the copy.
+    # Bound to the instance, so that a deep copy of the model saves itself and not this model.
     model.save_pretrained = MethodType(save_with_biases, model)  # type: ignore[assignment]
 
 
 def saves_adapters(model: nn.Module) -> bool:
-    """Return whether saves of the model hold adapters alone: PEFT wrapped it, or its `add_adapter` was called."""
+    """Return whether saves of the model hold adapters alone: it is a PEFT model, or its `add_adapter` was called."""
     return callable(getattr(model, "get_base_model", None)) or bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def warn_if_not_kept(model: nn.Module, outer: nn.Module) -> None:
-    """Warn that adapters will be saved without the biases: the PEFT model around `model` is not known."""
+    """Warn that saved adapters will lack the biases if losses were not attached to the PEFT model itself."""
     if getattr(model, "peft_config", None) and NAMES not in unwrapped(outer).__dict__:
         logger.warning(
             "saves of the adapter will lack the selection biases that bias_rate moves, and a reloaded adapter will "
-            "route otherwise: attach to the PEFT model itself, not to the model inside it or before get_peft_model"
+            "route differently: attach to the PEFT model itself, not to the model inside it or before get_peft_model"
         )
 
 
 def save_with_biases(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
-    """Stand in for `save_pretrained` of a PEFT model: add the selection biases to every adapter that it wrote."""
+    """Replace `save_pretrained` of a PEFT model: save, then add the selection biases to every adapter file."""
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     tensors = dict(self.named_buffers()) | dict(self.named_parameters())
     biases = {adapter_key(name): full(tensors[name].detach()).cpu().contiguous() for name in getattr(self, NAMES)}
     adapters = kwargs.get("selected_adapters") or list(self.peft_config)
     for folder in (Path(save_directory), *(Path(save_directory, adapter) for adapter in adapters)):
-        if (folder / ADAPTER).exists():  # ranks other than the first write none
+        if (folder / ADAPTER).exists():  # only the first rank writes files
             add_tensors(folder / ADAPTER, biases)
         elif (folder / PICKLED_ADAPTER).exists():
             logger.warning("%s lacks the selection biases: leave out safe_serialization=False", folder)
@@ -150,7 +150,7 @@ def adapter_key(name: str) -> str:
 
 
 def add_tensors(file: Path, more: dict[str, Tensor]) -> None:
-    """Write a safetensors file anew with more tensors, and leave it whole if that breaks off."""
+    """Add tensors to a safetensors file. The old file stays intact until the new one is complete."""
     with safe_open(file, "pt") as old:
         tensors, metadata = {name: old.get_tensor(name).clone() for name in old.keys()}, old.metadata()  # noqa: SIM118
     unfinished = file.with_suffix(".unfinished")

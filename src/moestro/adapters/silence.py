@@ -1,4 +1,4 @@
-"""Saying once that auxiliary losses are attached and do nothing."""
+"""Warn once if auxiliary losses are attached but have no effect."""
 
 import logging
 from typing import Any
@@ -16,19 +16,19 @@ EVALUATION = (
     "and gradients; call model.train() to train it, or torch.no_grad() to evaluate it"
 )
 NO_GRADIENT = (
-    "the auxiliary losses change nothing: no parameter that takes a gradient comes before a router or an expert; set "
-    "requires_grad, or attach to the model that is trained"
+    "the auxiliary losses change nothing: they depend on no trainable parameter; set requires_grad, or attach to the "
+    "model that is trained"
 )
 
 
 class Silence:
-    """Warns of losses without effect, of each reason once."""
+    """Warnings about losses without effect, each given once."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
 
     def say(self, reason: str) -> None:
-        """Warn, unless it was said before."""
+        """Warn for this reason unless it was given before."""
         if reason not in self._said:
             self._said.add(reason)
             logger.warning(reason)

@@ -1,4 +1,4 @@
-"""What stands in for one experts module while it is watched: it runs the original, and reports a record.
+"""A tap replaces the forward of one experts module: it runs the original and reports a LayerRecord.
 
 Where a listener wants each expert's own output, the original is called with every token repeated k times, one expert
 per row and weight 1: from the same matrix products, hence equal, for every experts backend, under LoRA, and under
@@ -44,37 +44,39 @@ class Pass:
         self.training = training
         """In training mode and with gradients."""
         self.open = True
-        """False from the end of the forward on: a layer that runs then is run again, in the backward pass."""
+        """False after the forward pass: a layer that runs then is being recomputed in the backward pass."""
         self.wants_outputs = False
         self.selective = False
-        """Whether a layer ran in selective checkpointing, whose graph can be gone through once."""
+        """True if a layer ran in selective checkpointing, whose graph allows one backward pass only."""
         self.share: Tensor | None = None
         """Set by `AuxLosses`: each sequence's share of the whole batch."""
         self.routed: dict[Tap, list[Any]] = {}
-        """What routers returned, without graph, to experts in a checkpoint that their router is not in."""
+        """Detached router outputs for experts that are checkpointed without their router."""
         self._first_node: int = sequence_number()
         self._end_of_nodes: int | None = None
 
     def close(self) -> None:
-        """End the pass: what autograd records from now on is not part of it."""
+        """End the pass: autograd nodes recorded from now on do not belong to it."""
         self.open = False
         if self._end_of_nodes is None:
             self._end_of_nodes = sequence_number()
 
     def has_node(self, number: int) -> bool:
-        """Whether the node of autograd's graph with this sequence number was made in this pass."""
+        """Return whether the autograd node with this sequence number was recorded in this pass."""
         return self._first_node <= number and (self._end_of_nodes is None or number < self._end_of_nodes)
 
     def live_with(self, *results: Tensor | None) -> None:
-        """Let the graph of these results keep the pass alive: it is needed while they can be run backward."""
+        """Tie the lifetime of the pass to the graph of these results: their backward pass needs it."""
         for result in results:
             if result is not None and result.grad_fn is not None:
                 result.grad_fn.metadata["moestro"] = self
 
 
 def sequence_number() -> int:
-    """Number that autograd gives to the next node of its graph in this thread; 0 in a compiled model, where layers are
-    not run again but compiled twice."""
+    """Return the sequence number of autograd's next node in this thread.
+
+    Return 0 while compiling: a compiled model does not run checkpointed layers again, it compiles them twice.
+    """
     return 0 if torch.compiler.is_compiling() else torch._C._autograd._get_sequence_nr()
 
 
@@ -91,7 +93,7 @@ class Rerouted:
 
 
 class Tap:
-    """What stands beside one experts module while it is watched."""
+    """The hooks on one experts module and its router while they are watched."""
 
     def __init__(self, layer: MoELayer, watch: "Watch | None", *, of_inputs: bool = True) -> None:
         self.layer, self.of_inputs = layer, of_inputs
@@ -103,7 +105,7 @@ class Tap:
         self.routed: Any = None
         """What the router returned, until the experts have run."""
         self._hooks: Any = None
-        """What autograd called for each tensor that it saved in the router: checkpoints are told apart by it."""
+        """Autograd's saved-tensor hooks while the router ran; they identify the checkpoint that it ran in."""
         self.firings = 0
         """How often the layer ran in this pass."""
         self.consumers: list[Callable[[LayerRecord], None]] = []
@@ -120,10 +122,10 @@ class Tap:
         return other
 
     def install(self, router: nn.Module | None = None) -> None:
-        """Stand in for the experts' forward, and listen to the router; `router`: the outermost wrapper around it."""
+        """Replace the experts' forward and hook the router; `router` is the outermost wrapper around it."""
         experts = self.layer.experts
         if isinstance(copied := experts.__dict__.get(TAP), Tap):
-            copied.remove()  # PEFT made this module as a copy of a watched one
+            copied.remove()  # PEFT copied a watched module together with its tap
         self.original = experts.__dict__.get("forward")
         setattr(experts, TAP, self)
         experts.forward = MethodType(tapped, experts)
@@ -131,7 +133,7 @@ class Tap:
         self._handle = self.hears.register_forward_hook(RouterHook(self))
 
     def remove(self) -> None:
-        """Leave the experts and the router as they were."""
+        """Restore the experts' forward and remove the router's hook."""
         experts = self.layer.experts
         if self.original is None:
             del experts.forward
@@ -142,7 +144,7 @@ class Tap:
             self._handle.remove()
 
     def move(self, layer: MoELayer, router: nn.Module) -> None:
-        """Stand in for the modules of another handle on the same layer, where they are others."""
+        """Move the tap to the modules of `layer` and `router` if they differ from the current ones."""
         if layer.experts is self.layer.experts and layer.router is self.layer.router and router is self.hears:
             return
         self.remove()
@@ -194,9 +196,9 @@ class Tap:
         self.routed, self._hooks = routed, saved_tensor_hooks()
 
     def take(self, current: Pass) -> Any:
-        """Return what the router returned to these experts."""
+        """Return and clear the router's output; if only experts are recomputed, return the one kept in `current`."""
         routed, self.routed = self.routed, None
-        if routed is None:  # the experts are run again, and not their router
+        if routed is None:  # the checkpoint recomputes the experts without their router
             kept = current.routed.get(self, [])
             if len(kept) > 1:
                 raise Misuse(
@@ -211,7 +213,7 @@ class Tap:
     def decide(
         self, current: Pass, batch: Batch, hidden: Float[Tensor, "tokens dim"], expert: Tensor, weight: Tensor
     ) -> tuple[Routing, Routing]:
-        """What the router proposed, and what shall run."""
+        """Return the routing that the router proposed and the routing to run."""
         routed = self.take(current)
         proposed = routing_of(self.layer, routed, expert, weight)
         if self.reroute is None:
@@ -241,7 +243,7 @@ class Tap:
 
 
 class RouterHook:
-    """The forward hook on a router. PEFT copies routers together with their hooks: the copy of a hook does nothing."""
+    """The forward hook on a router. A copy of the hook does nothing: PEFT copies routers together with their hooks."""
 
     def __init__(self, tap: Tap | None) -> None:
         self.tap = tap
@@ -256,13 +258,13 @@ class RouterHook:
 
 
 def saved_tensor_hooks() -> Any:
-    """Return what autograd now calls for each tensor that it saves: every checkpoint has functions of its own."""
+    """Return autograd's current saved-tensor hooks, which differ between checkpoints."""
     return None if torch.compiler.is_compiling() else torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 @contextmanager
 def beside_checkpoints() -> Iterator[None]:
-    """Let selective checkpointing not see what runs: it counts operations, and the recomputation leaves these out."""
+    """Hide operations from selective checkpointing, which counts them: the recomputation does not repeat these."""
     if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
         yield
     else:
@@ -271,7 +273,7 @@ def beside_checkpoints() -> Iterator[None]:
 
 
 def without_graph(routed: Any) -> Any:
-    """Return what a router returned, cut off from its graph, so that a pass that keeps it does not keep the graph."""
+    """Return a detached router output, so that keeping it does not keep the graph."""
     if isinstance(routed, Tensor):
         return routed.detach().requires_grad_(routed.requires_grad)
     return tuple(map(without_graph, routed)) if isinstance(routed, tuple) else routed

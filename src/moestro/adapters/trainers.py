@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | None) -> Iterator[None]:
-    """Wrap `compute_loss`, the one seam that all trainers share, and `log`, until the context ends."""
+    """Wrap the trainer's `compute_loss`, which all trainers share, and its `log` until the context ends."""
     assert trainer.model is not None
     if trainer.args.n_gpu > 1:  # the Trainer then wraps the model when it begins to train
         raise Misuse(DATA_PARALLEL)
@@ -62,7 +62,7 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
         log(logs, *args, **kwargs)
 
     class AuxLossesState(State):
-        # Of the class: the Trainer may make an instance anew when it resumes.
+        # Class attributes, because the Trainer may create a new instance when it resumes.
         losses, accelerator, log = aux, trainer.accelerator, apart
 
     with ExitStack() as stack:
@@ -82,7 +82,7 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
 
 
 def as_added(loss: Tensor, trainer: Trainer, batch: TrainerBatch, *, scaled: bool) -> Tensor:
-    """An auxiliary loss as it must be added to the trainer's loss."""
+    """Scale an auxiliary loss as the trainer scales its own, so that the two can be added."""
     if batch.items is None and scaled:  # the loss is divided already (GRPO), so ours is not divided after this
         return loss / trainer.current_gradient_accumulation_steps
     if batch.items is not None and trainer.args.average_tokens_across_devices:
@@ -123,15 +123,15 @@ class State(TrainerCallback, ExportableState):
     scale = 0.0
     """The gradient scaler's factor before the optimiser's step."""
     begun: dict[str, Any] | None = None
-    """The losses' state at the beginning of training that has not ended yet."""
+    """State of the losses when the current training began; None if no training is in progress."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Note the gradient scaler's factor, which falls if the step is skipped."""
+        """Record the gradient scaler's factor, which decreases if the step is skipped."""
         if (scaler := self.accelerator.scaler) is not None:
             self.scale = scaler.get_scale()
 
     def skipped(self) -> bool:
-        """Return whether the optimiser's last step was skipped; accelerate does not see it if Adam is fused."""
+        """Return whether the optimiser's last step was skipped. accelerate does not notice it with a fused Adam."""
         scaler = self.accelerator.scaler
         return self.accelerator.optimizer_step_was_skipped or (scaler is not None and scaler.get_scale() < self.scale)
 
@@ -142,8 +142,8 @@ class State(TrainerCallback, ExportableState):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Restore the state that was saved with the checkpoint if training resumes from one.
 
-        If training begins anew after an attempt that broke off (out of memory, with `auto_find_batch_size`), its steps
-        count no more than for the Trainer; only selection biases stay, as weights do.
+        If training starts again after a failed attempt (out of memory, with `auto_find_batch_size`), discard the steps
+        of that attempt, as the Trainer does. Selection biases stay, like weights.
         """
         self.losses.discard()
         self.log.begin(state.global_step)
@@ -156,15 +156,15 @@ class State(TrainerCallback, ExportableState):
         type(self).begun = self.losses.state_dict()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep the state for training that goes on from here."""
+        """Keep the current state as the start of any further training."""
         type(self).begun = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forget passes that are no part of the coming step."""
+        """Discard passes that ran between steps."""
         self.losses.discard()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Step the losses, unless the optimiser did not: a gradient scaler skips steps with infinite gradients."""
+        """Step the losses; discard the passes if a gradient scaler skipped the step (infinite gradients)."""
         if self.skipped():
             self.losses.discard()
         else:

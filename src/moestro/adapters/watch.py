@@ -26,8 +26,8 @@ from moestro.routing import LayerRecord, MoELayer
 WATCH = "_moestro_watch"
 
 DATA_PARALLEL = (
-    "nn.DataParallel (the Trainer with several GPUs in one process) copies the model for every pass, and the copies go "
-    "unseen: start one process per GPU, as torchrun --nproc_per_node=N does, or show one GPU in CUDA_VISIBLE_DEVICES"
+    "nn.DataParallel (used by the Trainer with several GPUs in one process) copies the model for every pass, and "
+    "copies are not watched: start one process per GPU (torchrun --nproc_per_node=N), or set CUDA_VISIBLE_DEVICES=0"
 )
 
 
@@ -59,11 +59,11 @@ class Watch:
         self.current: Pass | None = None
         """The pass that the layer now running belongs to."""
         self._latest: Pass | None = None
-        """The pass that began last."""
+        """The most recent pass."""
         self._passes: weakref.WeakSet[Pass] = weakref.WeakSet()
-        """The passes whose graphs live."""
+        """Passes whose graphs are still alive."""
         self.domain: Tensor | None = None
-        """Domain of each token of the coming pass, [batch, sequence]; set by whoever knows it."""
+        """Domain of each token of the coming pass, [batch, sequence]; set by the caller that knows it."""
         self.withheld: dict[str, Any] = {}
         """Inputs that the model is not given but that describe its batch: labels, where a trainer keeps them back."""
         loss = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "")
@@ -97,7 +97,7 @@ class Watch:
         delattr(self.model, WATCH)
 
     def _follow(self) -> None:
-        """Move the taps to the modules that run now: PEFT may have wrapped the model, or switched adapters, since."""
+        """Move the taps to the modules that run now: PEFT may have wrapped the model or switched adapters."""
         for tap, layer in zip(self.taps, self._layers, strict=True):
             now = moved(layer, self._plain_names, self.model)
             tap.move(now, self._outer_router(layer))
@@ -108,9 +108,9 @@ class Watch:
         return layer.router if name is None else outer_module_at(self.model, name)
 
     def running(self) -> Pass | None:
-        """Return the pass that the layer now running belongs to, as `current`; None outside of all passes.
+        """Set `current` to the pass that the running layer belongs to, and return it; None outside of all passes.
 
-        Any checkpointing runs a layer again while autograd executes a node of the pass that it belongs to.
+        Every kind of checkpointing recomputes a layer while autograd executes a node of that layer's pass.
         """
         if not torch.compiler.is_compiling():
             latest = self._latest if self._latest is not None and self._latest.open else None
@@ -118,7 +118,7 @@ class Watch:
         return self.current
 
     def _recomputed(self) -> Pass | None:
-        """Return the pass that autograd is running again; None outside of a recomputation."""
+        """Return the pass that autograd is recomputing; None outside of a recomputation."""
         node = torch._C._current_autograd_node()
         if node is None or not torch.is_grad_enabled():  # hooks of a backward pass may run a model without gradients
             return None
@@ -126,8 +126,8 @@ class Watch:
         found = [past for past in self._passes if past.has_node(number)]
         if len(found) > 1:
             raise Misuse(
-                "passes whose backward is still to come must have run in one thread: a checkpointed layer that runs "
-                "again cannot be told to belong to one of them"
+                "all passes that await their backward pass must run in one thread: a recomputed layer could belong "
+                f"to {len(found)} of them"
             )
         return found[0] if found else None
 
@@ -153,7 +153,7 @@ class Watch:
             current.wants_outputs = current.wants_outputs or listener.wants_outputs(current)
 
     def _is_run_again(self) -> bool:
-        """Whether the whole model is run again in a backward pass; losses cannot be added to that."""
+        """Return whether a checkpoint is recomputing the whole model. Raise Misuse if losses would be added to that."""
         if torch.compiler.is_compiling() or self._recomputed() is None:
             return False
         if self.adds_losses:
@@ -181,7 +181,7 @@ class Watch:
 
 
 def consumer(listener: Listener, layer: MoELayer) -> Callable[[LayerRecord], None]:
-    """Return what takes the layer's records; unless it adds losses, it may do less in a recomputation."""
+    """Return the listener's consumer of the layer's records, hidden from checkpointing unless it adds losses."""
     consume = listener.on_layer(layer)
     if listener.adds_losses:
         return consume
@@ -195,7 +195,7 @@ def consumer(listener: Listener, layer: MoELayer) -> Callable[[LayerRecord], Non
 
 @contextmanager
 def watch(model: nn.Module, listener: Listener, layers: Sequence[MoELayer] | None = None) -> Iterator[Watch]:
-    """Let `listener` hear of every pass of `model` until the context ends. `layers`: handles of your own making."""
+    """Call `listener` for every pass of `model` until the context ends. `layers` replaces `moe_layers(model)`."""
     outer, model = model, inner_model(model)
     if any(isinstance(module, nn.DataParallel) for module in outer.modules()):
         raise Misuse(DATA_PARALLEL)

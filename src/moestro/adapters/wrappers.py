@@ -1,7 +1,7 @@
-"""Looking through what PEFT, torch.compile, checkpointing and data parallelism wrap around modules.
+"""Look through the wrappers that PEFT, torch.compile, checkpointing and data parallelism put around modules.
 
-A wrapper runs one module that it holds. Names are given as they are without wrappers, so that a layer's state is found
-again however the model is wrapped then.
+A wrapper holds one module and runs it. A *plain name* is a module's name without wrappers, so that saved state of a
+layer is found again in a model that is wrapped differently.
 """
 
 import re
@@ -17,7 +17,7 @@ OF_WRAPPERS = re.compile(rf"(^|\.)({'|'.join(HELD_AS)}|original_module|modules_t
 
 
 def inner_model(model: nn.Module) -> nn.Module:
-    """Return the model of transformers inside what data parallelism, torch.compile and PEFT wrap around it."""
+    """Return the transformers model inside the wrappers of data parallelism, torch.compile and PEFT."""
     if not isinstance(model, nn.Module):
         raise Misuse(f"the model must be a torch.nn.Module, got {type(model).__name__}")
     while callable(getattr(model := unwrapped(model), "get_base_model", None)):
@@ -26,7 +26,7 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside all wrappers but PEFT's model, which saves what PEFT added."""
+    """Return the model inside all wrappers, but stop at a PEFT model: that one saves the adapters."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -37,7 +37,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def held_by(module: nn.Module) -> nn.Module | None:
-    """Return the module that a wrapper runs now; None if the module is no wrapper."""
+    """Return the module that a wrapper currently runs; None if `module` is not a wrapper."""
     children = module._modules
     if isinstance(copies := children.get("modules_to_save"), nn.ModuleDict):  # PEFT's: a copy per adapter
         active = [] if module.disable_adapters else list(module.active_adapters)  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ def by_competition(rule: Compete, statistics: Mapping[str, ResponseStatistics] |
         if statistics is not None and layer.name not in statistics:
             raise Misuse(f"statistics of responses lack {layer.name}")
         if rule.weights == "router" and proposed.scores is None:
-            raise Misuse(f"weights = router needs a router with scores, and that of {layer.name} has none")
+            raise Misuse(f"weights = router needs a router with scores, but the router of {layer.name} has none")
         response = responses(proposal.run, proposal.hidden, layer.num_experts, rule.respond)
         strength = scaled(response, rule.response_scale, None if statistics is None else statistics[layer.name])
         winner = strongest(strength, proposed.expert.shape[1])

@@ -30,7 +30,7 @@ class Compete:
     learns a balanced choice: per step in which a layer competes and 100 % of wins above the mean, in mean standard
     deviations of a token's strengths. It acts on target and shares too. 0: never."""
     temperature: Positive = 1.0
-    """Of the target, and of the winners' softmax."""
+    """Softmax temperature of the target and of the winners' weights."""
     target: Target = "experts"
     forward: bool = True
     """Competing tokens go to the winners; otherwise the router's choice stands, and is only taught."""
@@ -44,10 +44,10 @@ class Compete:
     rate: PositiveShare = 1 / 32
     """Share of the tokens that compete, rounded up in each sequence; or of the steps in which a layer does."""
     max_layers: Steps | None = None
-    """By steps: at most so many layers compete in one."""
+    """Largest number of layers that compete in one step; requires `by = "steps"`."""
     start_step: Number = 0
     end_step: Steps | None = None
-    """Competition rests before the one, and from the other on."""
+    """Experts compete from `start_step` up to, but not including, `end_step` (None: to the end)."""
     tie_break: Weight = 1e-3
     """A random number up to this is added to scaled responses where winners are chosen: experts that are copies of
     each other, as after upcycling, win by chance."""
@@ -60,7 +60,7 @@ class Compete:
         if isinstance(self.response, str) and self.response not in RESPONSES:
             raise Misuse(f"response must be one of {', '.join(RESPONSES)}, got {self.response!r}")
         if self.max_layers is not None and self.by == "tokens":
-            raise Misuse("max_layers is of competing steps: set by to steps, or max_layers to none")
+            raise Misuse("max_layers requires by = steps, got by = tokens: set by to steps, or max_layers to none")
         if self.balance_winners and self.response_scale not in ("standard", "log"):
             raise Misuse(
                 f"balance_winners needs response_scale = standard or log, got {self.response_scale}: set "

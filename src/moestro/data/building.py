@@ -1,7 +1,7 @@
-"""Sources to a cache folder of tokens: read, split, train a tokenizer, tokenise, in bounded memory.
+"""Build a cache folder of tokens from sources: read, split, train a tokenizer, tokenise, in bounded memory.
 
-A folder is named by the hash of what is in it. Beside the folders lie small files that say which sources led to
-which folder, so that sources that have not changed need not be read again.
+A folder is named by the hash of its contents. Small files beside the folders map sources to folders, so that unchanged
+sources are not read again.
 """
 
 import gzip
@@ -22,8 +22,8 @@ from moestro.data.sources import Document
 from moestro.data.tokenizer import check_tokenizer, encode, load_tokenizer, train_tokenizer, vocabulary_size
 
 LAYOUT = 2  # raise when what is written to the cache, or how it is computed, changes
-TOKENIZER_TEXT = 16 * 1024 * 1024  # characters of train text that a tokenizer is trained on
-CHECKED_DOCUMENTS = 1000  # of train text, to see whether the tokenizer can encode it
+TOKENIZER_TEXT = 16 * 1024 * 1024  # characters of training text for training a tokenizer
+CHECKED_DOCUMENTS = 1000  # training documents, on which the tokenizer is checked
 
 _BATCH = 2**20  # characters tokenised at once, over all cores
 _ARRAYS = ("tokens.npy", "starts.npy", "domain.npy", "bytes.npy")
@@ -34,7 +34,7 @@ Tokenizer = PreTrainedTokenizerBase | int  # one that is given, or the vocabular
 
 
 def find(cache: Path, inventory: str | None) -> tuple[str, dict[str, Any]] | None:
-    """Return the key of the whole folder that these sources led to and what was said of them, or None."""
+    """Return the key of the intact folder built from these sources, and the facts recorded with it, or None."""
     if inventory is None:
         return None
     try:
@@ -50,7 +50,7 @@ def build(
 ) -> tuple[str, dict[str, Any]]:
     """Read the sources with `load` and make their folder, unless it is there; return what `find` returns.
 
-    A killed build of the same sources goes on from what is complete: the reading, the tokenizer, and batches of tokens.
+    A killed build of the same sources resumes after its last complete step: reading, tokenizer, or batch of tokens.
     """
     before = inventory()
     with workplace(cache / "data", (before or "unlisted")[:32]) as place:
@@ -73,12 +73,12 @@ def build(
 
 
 def folder_of(cache: Path, key: str) -> Path:
-    """Return where the data of a key lies."""
+    """Return the folder of a key."""
     return cache / "data" / key[:32]
 
 
 def identity(tokenizer: Tokenizer) -> str:
-    """Return what the tokenizer does, wherever it was loaded from."""
+    """Return a text that identifies the tokenizer by its behaviour, regardless of where it was loaded from."""
     if isinstance(tokenizer, int):
         return f"{TOKENIZER_TEXT} {tokenizer}"
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -89,7 +89,7 @@ def identity(tokenizer: Tokenizer) -> str:
 
 
 def facts_of(corpus: Corpus) -> dict[str, Any]:
-    """Return what a description says of a corpus, as JSON: it may differ where the texts in the end are the same."""
+    """Return the facts that describe a corpus, as JSON. They may differ even if the resulting texts are equal."""
     names = ("hash", "domains", "missing", "duplicates", "left_out", "shared", "leaked")
     return json.loads(json.dumps({name: getattr(corpus, name) for name in names}))
 
@@ -139,7 +139,7 @@ def _tokenise(
     documents: Callable[[int], Iterable[Document]],
     total: int,
 ) -> None:
-    """Write the tokens of `documents(start)`, going on after those that were written before a kill."""
+    """Write the tokens of `documents(start)`, after those that a killed build has written."""
     end_of_text = cast(int, tokenizer.eos_token_id)
     writer = StreamWriter(folder, end_of_text=end_of_text, vocabulary=vocabulary_size(tokenizer))
     remaining = watched(documents(writer.documents), "tokenising documents", total=total - writer.documents)
@@ -163,7 +163,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _gzip_bits_per_byte(corpus: Corpus) -> dict[str, float]:
-    """Return what gzip -9 makes of the held-out text: the floor that a language model should beat."""
+    """Return the bits per byte of gzip -9 on the held-out text: a baseline that a language model should beat."""
     texts = {domain: [d.text for d in corpus.held_out if d.domain == domain] for domain in corpus.domains}
     texts["all"] = [document.text for document in corpus.held_out]
     joined = {name: "".join(parts).encode() for name, parts in texts.items() if parts}

@@ -25,10 +25,10 @@ def default_cache_dir() -> Path:
 
 
 def cached_folder(folder: Path, build: Callable[[Path], None], *, expected: Iterable[str] = ()) -> Path:
-    """Return `folder` as `build` fills it, building it only where it is not there whole.
+    """Return `folder` as `build` fills it; build it only if it does not exist intact.
 
-    `build` fills a folder beside it, which is sealed and renamed when complete: a killed build leaves nothing that
-    could be taken for a result. Other processes wait for the one that builds, and use its result.
+    `build` fills a temporary folder, which is sealed and renamed when complete, so a killed build leaves nothing that
+    looks like a result. Other processes wait for the one that builds, and use its result.
     """
     if is_whole(folder):
         return folder
@@ -45,10 +45,10 @@ def cached_folder(folder: Path, build: Callable[[Path], None], *, expected: Iter
 
 @contextlib.contextmanager
 def workplace(parent: Path, name: str) -> Iterator[Path]:
-    """Hold a folder beside the results of `parent` alone, waiting while another process holds it.
+    """Lock a working folder in `parent` for this process; wait while another process holds it.
 
-    A killed process leaves its folder behind: the next one that asks for the same name gets it with what is in it.
-    Folders of other names that nobody holds are removed. At the end the folder goes, unless the user interrupts.
+    A killed process leaves its folder behind, and the next process with the same name continues in it. Unlocked folders
+    of other names are removed. The folder is removed when the context ends, unless the user interrupts.
     """
     place = parent / f"{_BUILDING}{name}"
     try:
@@ -65,15 +65,15 @@ def workplace(parent: Path, name: str) -> Iterator[Path]:
         raise
     finally:
         if not interrupted:
-            shutil.rmtree(place, ignore_errors=True)  # still locked: nobody works in it
+            shutil.rmtree(place, ignore_errors=True)  # while still locked, so no other process uses it
         os.close(lock)
 
 
 def seal(content: Path, expected: Iterable[str] = ()) -> None:
-    """Write down every file's checksum, size and time of change.
+    """Record checksum, size and modification time of every file.
 
     Raises:
-        Misuse: a file that was written is not there any more.
+        Misuse: an expected file is missing.
     """
     lost = [name for name in expected if not (content / name).is_file()]
     if lost:
@@ -82,9 +82,9 @@ def seal(content: Path, expected: Iterable[str] = ()) -> None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Say whether every file that was written is there and unchanged.
+    """Return whether every sealed file exists and is unchanged.
 
-    A file of unchanged size and time of change is taken for unchanged; one of another time is read and compared.
+    A file with the same size and modification time counts as unchanged; one with another time is read and compared.
     """
     try:
         sealed = json.loads((folder / CHECKSUMS).read_text())
@@ -95,7 +95,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def put(content: Path, folder: Path) -> None:
-    """Rename finished content to its place, unless another process has been faster; a broken folder there gives way."""
+    """Rename finished content to `folder`, unless another process was faster; replace a damaged folder."""
     try:
         os.rename(content, folder)
     except OSError as error:
@@ -108,14 +108,14 @@ def put(content: Path, folder: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader finds the old text or the new one."""
+    """Replace a file atomically: a reader finds the old text or the new one."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
     temporary.write_text(text)
     os.replace(temporary, path)
 
 
 def _locked(place: Path, *, wait: bool = True) -> int:
-    """Make `place`, lock it and return the lock; closing it, or dying, gives the lock back."""
+    """Create and lock `place`; return the lock, which ends when it is closed or the process dies."""
     while True:
         place.mkdir(exist_ok=True)
         lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT)
@@ -126,7 +126,7 @@ def _locked(place: Path, *, wait: bool = True) -> int:
         except OSError:
             os.close(lock)
             raise
-        os.close(lock)  # whoever held the lock has removed the folder
+        os.close(lock)  # the previous holder has removed the folder
 
 
 def _is_current(lock: int, path: Path) -> bool:
@@ -137,7 +137,7 @@ def _is_current(lock: int, path: Path) -> bool:
 
 
 def _clear_abandoned(parent: Path) -> None:
-    """Remove what killed builders left behind: folders that nobody holds."""
+    """Remove unlocked working folders, which killed builders left behind."""
     for place in parent.glob(f"{_BUILDING}*"):
         with contextlib.suppress(BlockingIOError, FileNotFoundError):
             lock = _locked(place, wait=False)

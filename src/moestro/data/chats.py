@@ -1,4 +1,4 @@
-"""Chats in the forms in which data sets keep them, as messages of a role and a content."""
+"""Read chats from the common data set formats as messages with a role and a content."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from moestro.gate.loading import one_misuse
 
 Message: TypeAlias = Mapping[str, Any]
-"""What chat templates take: `role`, `content`, and what else the row has, such as `tool_calls`."""
+"""Input of a chat template: `role`, `content`, and any other fields of the row, such as `tool_calls`."""
 
 CHAT_COLUMNS = (("messages",), ("conversations",), ("conversation",), ("prompt", "completion"))
 """Columns that hold a chat, in the order of preference."""
@@ -26,8 +26,8 @@ def chat_columns(names: Collection[str]) -> tuple[str, ...] | None:
 def messages_of(columns: Sequence[str], values: Sequence[object]) -> tuple[Message, ...] | None:
     """Return the messages in a row's `values`; None if they hold no chat.
 
-    A list of messages may be spelled `role`/`content` or `from`/`value` (ShareGPT, LLaVA). The columns `prompt` and
-    `completion` hold lists of messages, or the texts of one user and one assistant.
+    Messages have the keys `role` and `content`, or `from` and `value` (ShareGPT, LLaVA). The columns `prompt` and
+    `completion` hold lists of messages, or one text of the user and one of the assistant.
     """
     paired = tuple(columns) == ("prompt", "completion")
     messages: list[Message] = []
@@ -50,7 +50,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], so
     """Return a chat in the tokenizer's chat template.
 
     Raises:
-        Misuse: the template refuses it, as some do if roles do not take turns; `source` names the row.
+        Misuse: the template refuses the chat (some do if roles do not alternate); `source` names the row.
     """
     with one_misuse(f"{source} must fit the tokenizer's chat template"):
         return cast(str, tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
@@ -72,7 +72,7 @@ def _message(value: dict[str, Any]) -> Message:
 
 
 def _text_of(content: object) -> str:
-    """Return the text of a message; of one in parts (text and pictures) the parts that are text."""
+    """Return the text of a message; if it has parts (text and images), its text parts joined by line ends."""
     if isinstance(content, list):
         return "\n".join(
             part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)

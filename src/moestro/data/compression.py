@@ -1,4 +1,4 @@
-"""Compressed files as streams of bytes, and the limit on how far a file may expand."""
+"""Read compressed files as streams of bytes, with a limit on how far a file may expand."""
 
 import bz2
 import gzip
@@ -18,15 +18,16 @@ from moestro.errors import Misuse
 
 MEBIBYTE = 2**20
 LONGEST_ROW = 32 * MEBIBYTE
-"""Characters of one row of a table, or of one line of JSON."""
+"""Largest number of characters in one row of a table or one line of JSON."""
 FREE_EXPANSION = 64 * MEBIBYTE
 LARGEST_RATIO = 100
-"""A file may hold FREE_EXPANSION of text, or LARGEST_RATIO times its size; text compresses by 3 to 20."""
+"""A file may expand to FREE_EXPANSION bytes or LARGEST_RATIO times its size, whichever is more; text compresses 3 to
+20-fold."""
 ROW_COST = 64
-"""Bytes that a row or a line counts beside its text, so that a small file cannot hold rows without end."""
+"""Bytes counted for each row or line besides its text, so that a small file cannot hold endless empty rows."""
 
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
-"""What the decompressors raise for a broken file."""
+"""Exceptions that decompressors raise for a broken file."""
 
 
 def _arrow(codec: str) -> Callable[[Path], Any]:
@@ -57,10 +58,9 @@ def without_compression(path: Path) -> str:
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """Open a file for reading, decompressed if its ending or its first bytes say that it is compressed.
+    """Open a file for reading, and decompress it if its ending or first bytes mark it as compressed.
 
-    Reading raises Misuse as soon as the file has expanded beyond the limit, so that a small file cannot fill the
-    memory or the disk.
+    Reading raises Misuse once the file expands beyond the limit, so that a small file cannot fill memory or disk.
     """
     opener = _OPENERS.get(path.suffix.lower()) or _OPENERS.get(_by_content(path))
     if opener is None:
@@ -70,7 +70,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 @contextmanager
 def seekable(path: Path) -> Iterator[Path]:
-    """Give the path of the file without compression, for formats that are read from their end."""
+    """Yield the path of an uncompressed copy (or of the file itself), for formats that need random access."""
     with open_bytes(path) as stream:
         if isinstance(stream.raw, io.FileIO):
             yield path
@@ -82,7 +82,7 @@ def seekable(path: Path) -> Iterator[Path]:
 
 
 class Expansion:
-    """A count of what comes out of one file, with the limit."""
+    """Count the bytes read from one file, and enforce the limit on its expansion."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -95,12 +95,12 @@ class Expansion:
         if self.total > self.limit:
             raise Misuse(
                 f"{self.path} must expand to at most {LARGEST_RATIO} times its size (or {FREE_EXPANSION // MEBIBYTE} "
-                f"MiB), got more than {self.limit // MEBIBYTE} MiB: write it uncompressed if it is meant"
+                f"MiB), got more than {self.limit // MEBIBYTE} MiB: store it uncompressed if this is intended"
             )
 
 
 class _Bounded(io.RawIOBase):
-    """A decompressing stream that counts what it gives."""
+    """A decompressing stream that counts the bytes it returns."""
 
     def __init__(self, stream: Any, path: Path) -> None:
         self._stream = stream

@@ -2,8 +2,8 @@
 
 A document's fingerprint (a hash of its text) decides which side it is on and where in the order it stands. So the
 split does not depend on file names, on the order of files or on a random state, and a duplicate could only land on
-the same side; exact duplicates are dropped, the first one read stays. Passages of held-out text that training text
-has too are cut out of it.
+the same side; exact duplicates are dropped, the first one read stays. Passages of held-out text that also occur in
+training text are cut out of it.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ class Corpus:
     domains: tuple[str, ...]  # sorted
     missing: tuple[str, ...]  # domains of the default corpus that this interpreter lacks
     duplicates: int  # documents dropped because their text had been read before
-    left_out: dict[str, int]  # bytes per domain on neither side: beyond a limit, or `shared`
-    shared: dict[str, int]  # bytes per domain that were cut from held-out text because training text has them too
-    leaked: dict[str, tuple[int, int]]  # characters per domain of held-out text that training text has, and all
+    left_out: dict[str, int]  # bytes per domain on neither side: beyond a limit, or in `shared`
+    shared: dict[str, int]  # bytes per domain cut from held-out text because they occur in training text
+    leaked: dict[str, tuple[int, int]]  # per domain: held-out characters that occur in training text, and all
     hash: str  # SHA-256 over side, domain and text of every document, in whatever order they were read
 
 
@@ -55,8 +55,8 @@ def load_corpus(
 ) -> Corpus:
     """Read and split `sources` (`sources.read_source`), or the standard library where none are given.
 
-    The text lies in `folder` while the corpus is used; None makes a temporary one. A folder in which a killed process
-    had read everything is not read into again.
+    The text is stored in `folder` (None: a temporary one) while the corpus is used. If a killed process had already
+    read all sources into the folder, they are not read again.
 
     Raises:
         Misuse: as `read_source` and `split_documents`.
@@ -97,10 +97,10 @@ def split_documents(
     Held-out text beyond that is left out altogether, not moved to train, so that a document's side never depends on
     the limits.
 
-    Passages of held-out text that the train text has too, and near-duplicates of it, are cut out and left out as
-    well (`decontamination.unseen_parts`). Of a domain that loses more than three quarters of its held-out text in
-    this way up to eight times as many documents are held out (at most half); where that does not suffice, the text
-    repeats itself throughout and stays as it is. `leaked` has what was found in the end.
+    Passages of held-out text that occur in the train text, and near-duplicates of it, are cut out and left out as well
+    (`decontamination.unseen_parts`). If that removes more than three quarters of a domain's held-out text, up to eight
+    times as many of its documents are held out (at most half). If that is not enough, the domain repeats itself
+    throughout, and its held-out text stays uncut. `leaked` counts the overlap that remains.
     """
     check_limits(held_out_fraction, max_bytes, max_held_out_bytes)
     spool = spooled(documents, folder)
@@ -127,11 +127,7 @@ def split_documents(
 
 
 def check_limits(held_out_fraction: float, max_bytes: int | None, max_held_out_bytes: int) -> None:
-    """Refuse impossible limits.
-
-    Raises:
-        Misuse: names the limit and its value.
-    """
+    """Raise Misuse, with its name and value, for a limit that is out of range."""
     if not 0 < held_out_fraction < 1:
         raise Misuse(f"held_out_fraction must lie between 0 and 1, got {held_out_fraction}")
     for name, limit in (("max_bytes", max_bytes), ("max_held_out_bytes", max_held_out_bytes)):

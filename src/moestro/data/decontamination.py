@@ -1,8 +1,8 @@
-"""Held-out text without what training text has too.
+"""Remove from held-out text the passages that also occur in training text.
 
-Equal passages are found whatever documents they stand in: a document within another, a shared preamble, a licence,
-windows of one long document. They are cut out of the held-out side, which is small, and training text stays as it is.
-So a document's side still depends on its content alone, and boilerplate cannot tie the whole corpus into one group.
+Equal passages are found in any pair of documents: a document within another, a shared preamble, a licence, windows of
+one long document. They are cut out of the held-out side, which is small; training text is not changed. So a document's
+side still depends on its content alone, and boilerplate cannot join the whole corpus into one group.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,18 +15,17 @@ from jaxtyping import Bool
 from moestro.data.overlap import SPAN, Windows, inked, search
 from moestro.data.sources import Document
 
-MAX_OVERLAP = 0.01  # a share of held-out text; above it losses look better than they are
+MAX_OVERLAP = 0.01  # share of held-out text; a larger overlap makes losses look too good
 _NEAR = 50  # characters that are not white space
-_ALIKE = 0.5  # a near-duplicate has more of its characters in windows of `_NEAR` that training text has
-_MIN_REST = 50  # characters; a shorter rest between two cuts is not worth predicting
+_ALIKE = 0.5  # a near-duplicate has a larger share of its characters in `_NEAR` windows of training text
+_MIN_REST = 50  # characters; a shorter remainder between two cuts is dropped
 
 
 def unseen_parts(documents: Sequence[Document], train: Iterable[str]) -> list[list[Document]]:
-    """Cut from each document what stands in `train`; return the parts that are left of it, in order.
+    """Cut passages of `train` out of each document; return the remaining parts of each, in order.
 
-    A span of 200 characters or more that training text has too is cut out. Of what is left, near-duplicates are
-    dropped: more than half of their characters lie in shorter passages of training text (50 characters, white space
-    not counted).
+    A span of 200 characters or more that occurs in training text is cut out. Then near-duplicates are dropped: parts
+    with more than half of their characters in shorter passages of training text (50 characters without white space).
     """
     texts = [document.text for document in documents]
     exact, near = Windows(texts, SPAN), Windows(texts, _NEAR, spaces=False)
@@ -35,7 +34,7 @@ def unseen_parts(documents: Sequence[Document], train: Iterable[str]) -> list[li
 
 
 def leaked_characters(documents: Sequence[Document], train: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return per domain the characters in spans of 200 or more that `train` has too, and all its characters."""
+    """Return, per domain, the number of characters in spans of 200 or more that occur in `train`, and of all."""
     windows = Windows([document.text for document in documents], SPAN)
     search(train, windows)
     counts: dict[str, tuple[int, int]] = {}
@@ -46,12 +45,12 @@ def leaked_characters(documents: Sequence[Document], train: Iterable[str]) -> di
 
 
 def overlap_notes(description: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each domain, and for all, whose held-out text stands in training text for more than 1 %."""
+    """Return a sentence for each domain, and one for all text, if more than 1 % of held-out text overlaps."""
     shares = {"": description["overlap"]} | {
         f"domain {name}: ": domain["overlap"] for name, domain in description["domains"].items()
     }
     return [
-        f"{where}{share:.1%} of the held-out text stands in training text too, in passages of {SPAN} characters or more"
+        f"{where}{share:.1%} of the held-out text also occurs in training text, in spans of {SPAN} characters or more"
         for where, share in shares.items()
         if share > MAX_OVERLAP
     ]

@@ -35,9 +35,9 @@ def stem_of(path: Path) -> str:
 def read_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """Yield the rows of a file, in bounded memory; a file of text is one row, or several of 16 Mi characters.
 
-    In the formats with columns a row's text is that of `columns`, joined by line ends. Where `columns` is `text` and
-    the file has none but holds chats (`chats.CHAT_COLUMNS`), a row is a chat. A file of unknown ending, or `.txt`,
-    whose first lines are JSON objects is read as JSON lines, with a warning.
+    In formats with columns, a row's text is that of `columns`, joined by line ends. If `columns` is the default `text`,
+    which the file lacks, and the file holds chats (`chats.CHAT_COLUMNS`), a row is a chat. A file of unknown ending, or
+    `.txt`, is read as JSON lines, with a warning, if its first lines are JSON objects.
 
     Raises:
         NotText: the file is binary, or not in UTF-8 (for `.py`: not in the encoding that it declares).
@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """Return the format by ending; by the first bytes or lines where the ending says nothing."""
+    """Return the format by the file's ending, or by its first bytes or lines if the ending is unknown or `.txt`."""
     ending = ending_of(path)
     for name, endings in (
         ("json", JSON_ENDINGS),

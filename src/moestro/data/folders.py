@@ -1,4 +1,4 @@
-"""The files that a source names: one file, a folder with the folders linked into it, or what a glob matches."""
+"""Find the files of a source: one file, a folder (links to folders are followed), or the matches of a glob."""
 
 import json
 import os
@@ -14,15 +14,15 @@ from moestro.errors import Misuse
 from moestro.gate.paths import user_path
 
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-"""JSON that lies beside the rows of a data set of the hub, or of `datasets.save_to_disk`, and holds no text."""
+"""Metadata files beside the rows of a hub data set or of `datasets.save_to_disk`; they hold no text."""
 NEVER_TEXT = {
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg", ".ico", ".bmp", ".tif", ".tiff"),
     *(".mp3", ".wav", ".flac", ".ogg", ".mp4", ".webm", ".mov", ".avi", ".mkv", ".woff", ".woff2", ".ttf", ".otf"),
     *(".pyc", ".so", ".o", ".a", ".dll", ".exe", ".class", ".lock"),
 }
-"""Endings of pictures, sound and compiled code, which do not count when a folder is refused for what it leaves out."""
+"""Endings of images, sound and compiled code; their bytes do not count towards SMALLEST_SHARE."""
 SMALLEST_SHARE = 0.05
-"""A folder must be read to at least this share of its bytes, NEVER_TEXT apart."""
+"""Smallest share of a folder's bytes that must be readable, not counting NEVER_TEXT."""
 _LISTED = 8
 
 
@@ -38,12 +38,12 @@ class Found:
 
 @dataclass(slots=True)
 class LeftOut:
-    """What a source left out, to be said."""
+    """Counts of files and rows of a source that were skipped, for the warning."""
 
     endings: Counter[str] = field(default_factory=Counter)
     """Files of unknown ending, or of none."""
     others: Counter[str] = field(default_factory=Counter)
-    """All else, in words."""
+    """Everything else that was skipped, by a description."""
     bytes_read: int = 0
     bytes_left_out: int = 0
 
@@ -63,7 +63,7 @@ class LeftOut:
         return ", ".join(parts + [f"{what} ({count})" for what, count in sorted(self.others.items())])
 
     def check(self, spec: str) -> None:
-        """Refuse a source of which almost nothing is read: a corpus is then taken for its README."""
+        """Raise Misuse if almost nothing of a source is readable: perhaps only its README would be read."""
         total = self.bytes_read + self.bytes_left_out
         if self.bytes_read < SMALLEST_SHARE * total:
             raise Misuse(
@@ -73,9 +73,9 @@ class LeftOut:
 
 
 def find_files(spec: str, place: str, label: str | None, left_out: LeftOut) -> list[Found]:
-    """Return the files of known endings at `place` in sorted order; count in `left_out` what else is there.
+    """Return the files of known endings at `place` in sorted order; count all others in `left_out`.
 
-    Each real folder is read once, however many links lead to it. Hidden files and folders are not looked at.
+    Each real folder is read once, even if several links lead to it. Hidden files and folders are ignored.
 
     Raises:
         Misuse: there is no such place, or a folder cannot be listed.
@@ -97,7 +97,7 @@ def find_files(spec: str, place: str, label: str | None, left_out: LeftOut) -> l
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """Yield what a pattern matches; `**` enters each real folder once, where `glob` runs through loops of links."""
+    """Yield the matches of a pattern. `**` enters each real folder once; `glob` would follow loops of links."""
     parts = Path(pattern).parts
     if "**" not in parts:
         yield from glob(pattern)
@@ -164,7 +164,7 @@ def _chosen(path: Path, domain: str, left_out: LeftOut) -> Iterator[Found]:
 
 
 def _saved_shards(folder: Path) -> set[str] | None:
-    """Return the files that `datasets.save_to_disk` lists; None where the folder is no such data set."""
+    """Return the files that `datasets.save_to_disk` lists; None if the folder is not such a data set."""
     try:
         state = json.loads((folder / "state.json").read_text())
         return {entry["filename"] for entry in state["_data_files"]}

@@ -1,4 +1,4 @@
-"""Whether sources are those of last time, told without reading them: paths, sizes and times of change."""
+"""Detect changed sources without reading them, by paths, sizes and times of change."""
 
 import hashlib
 import os
@@ -12,10 +12,10 @@ from moestro.gate.paths import user_path
 
 
 def inventory(sources: Sequence[str], *options: object) -> str | None:
-    """Return a hash of the files that `sources` name and of `options`; None if there are sources that are no files.
+    """Return a hash of the files that `sources` name and of `options`; None if a source is not made of files.
 
-    Every file below a folder is looked at, also those that are not read: one change too many costs a reading, one
-    too few would train on old text. A file that is written anew has another time of change, whatever its size.
+    Every file below a folder counts, even those that are never read: a needless change costs one reading, a missed one
+    would train on old text. Writing a file changes its time of change, even if its size stays the same.
     """
     places = [parse_source(spec).place for spec in sources]
     if any(place.startswith("hf:") for place in places):
@@ -30,7 +30,7 @@ def inventory(sources: Sequence[str], *options: object) -> str | None:
 
 
 def _files(place: str) -> Iterator[Path]:
-    """Yield the files of a file's, folder's or glob's name; nothing where there is none."""
+    """Yield the files that a path or glob names; nothing if there are none."""
     path = user_path(place)
     for match in [path] if path.exists() else sorted(map(Path, set(expand(str(path))))):
         if match.is_dir():

@@ -1,4 +1,4 @@
-"""JSON as a stream of objects, whatever the file is called: lines, one array, or objects one after the other."""
+"""Read JSON as a stream of objects, regardless of the file's name: lines, one array, or consecutive objects."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from moestro.errors import Misuse
 
 _WHITE = " \t\n\r"
 _BROKEN = (ValueError, RecursionError)
-"""What json raises for text that is not JSON, or is nested too deeply."""
+"""Exceptions of json for text that is not JSON, or is nested too deeply."""
 
 
 def read_json(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -21,8 +21,8 @@ def read_json(path: Path) -> Iterator[Mapping[str, Any]]:
     The first line decides: if it is a whole object, the file holds JSON lines. At most one object is in memory.
 
     Raises:
-        Misuse: something is not a JSON object (named by its line, or its number in an array), is longer than 32 Mi
-            characters, or the file breaks off.
+        Misuse: a value is not a JSON object or has more than 32 Mi characters (the error names its line, or its number
+            in an array), or the file is truncated.
     """
     with open_text(path) as stream:
         lines = _lines(path, stream)
@@ -86,7 +86,7 @@ def _broken(path: Path, number: int, text: str, error: Exception | str) -> Misus
 
 
 class _Values:
-    """The values of one array, or values one after the other, decoded from a window that slides over the file."""
+    """The values of one array, or consecutive values, decoded from a window that slides over the file."""
 
     def __init__(self, path: Path, stream: io.TextIOWrapper, start: str) -> None:
         self.path = path
@@ -123,7 +123,7 @@ class _Values:
                 return ""
 
     def _more(self) -> bool:
-        """Read as much again as is waiting, so that a long value is decoded a few times only."""
+        """Double the undecoded part of the window, so that a long value is decoded only a few times."""
         waiting = self.window[self.at :]
         piece = self.stream.read(max(MEBIBYTE, len(waiting)))
         self.window, self.at = waiting + piece, 0

@@ -1,7 +1,7 @@
-"""How much of one text stands in another: rolling hashes of every window of characters.
+"""Measure how much of one text occurs in another, by rolling hashes of every window of characters.
 
-Held-out text is small and bounded, so the hashes of all its windows fit into memory; training text of any size then
-goes by once. A window is found where training text holds exactly the same characters.
+Held-out text is small and bounded, so the hashes of all its windows fit into memory. Training text of any size is then
+read once. A window is found if training text contains exactly the same characters.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
 
-SPAN = 200  # characters; held-out text in a span of this length that training has too counts as leaked
+SPAN = 200  # characters; held-out text in a span of this length that occurs in training text is leaked
 _BLOCK = 2**17  # characters hashed at once
-_BORDER = "\ud800"  # stands between texts: half a surrogate pair, which no document holds
+_BORDER = "\ud800"  # separates texts: half a surrogate pair, which no document contains
 _TABLE_BITS = 24
 _SLOTS = (64 - _TABLE_BITS, 64 - 2 * _TABLE_BITS)  # lowest bits of the parts of a hash that the filter looks at
 
@@ -23,7 +23,7 @@ _INVERSE = pow(_BASE, -1, 2**64)
 class Windows:
     """All windows of `length` characters of some texts, and which of them were found elsewhere.
 
-    With `spaces=False` white space is left out first, so that text whose lines break elsewhere is still found.
+    With `spaces=False` white space is removed first, so that text with other line breaks is still found.
     """
 
     def __init__(self, texts: Sequence[str], length: int, *, spaces: bool = True) -> None:
@@ -35,14 +35,13 @@ class Windows:
         hashes = np.concatenate([np.empty(0, np.uint64), *(each for text in codes for each in self._hashes(text))])
         self._known, self._place = np.unique(hashes, return_inverse=True)
         self._found = np.zeros(len(self._known), dtype=bool)
-        self._table = np.zeros(
-            2**_TABLE_BITS, dtype=bool
-        )  # a Bloom filter: turns most hashes of other texts away, fast
+        # A Bloom filter, which quickly rejects most hashes of other texts.
+        self._table = np.zeros(2**_TABLE_BITS, dtype=bool)
         for slot in _SLOTS:
             self._table[_slot(self._known, slot)] = True
 
     def find(self, text: str) -> None:
-        """Mark the windows that stand in `text`; call it as often as there is text."""
+        """Mark the windows that occur in `text`. Call it once for each text."""
         for hashes in self._hashes(self._codes(text)):
             for slot in _SLOTS:
                 hashes = hashes[self._table[_slot(hashes, slot)]]
@@ -50,7 +49,7 @@ class Windows:
             self._found[place[self._known[place] == hashes]] = True
 
     def covered(self) -> list[Bool[np.ndarray, " _characters"]]:
-        """Per text, which characters lie in a window that was found (white space not counted if left out)."""
+        """Return, per text, which characters lie in a found window (without white space if `spaces` is False)."""
         found, start = self._found[self._place.reshape(-1)], 0
         covered = []
         for size in self._sizes:
@@ -68,7 +67,7 @@ class Windows:
         return (codes if self.spaces else codes[codes > ord(" ")]).astype(np.uint64)
 
     def _hashes(self, codes: UInt64[np.ndarray, " _characters"]) -> Iterator[UInt64[np.ndarray, " _windows"]]:
-        """The hash of the window that starts at each character, in blocks."""
+        """Yield, in blocks, the hash of the window that starts at each character."""
         for start in range(0, len(codes) - self.length + 1, _BLOCK):
             block = codes[start : start + _BLOCK + self.length - 1]
             sums = np.zeros(len(block) + 1, dtype=np.uint64)
@@ -77,14 +76,14 @@ class Windows:
 
 
 def search(texts: Iterable[str], *windows: Windows) -> None:
-    """Mark what stands in any of `texts`, which go by once and may be of any number."""
+    """Mark the windows that occur in any of `texts`. The texts are read once, as a stream."""
     for joined in _joined(texts):
         for each in windows:
             each.find(joined)
 
 
 def inked(text: str) -> Bool[np.ndarray, " _characters"]:
-    """Which characters are not white space: those that windows with `spaces=False` are made of."""
+    """Return which characters are not white space; windows with `spaces=False` consist of those."""
     return _code_points(text) > ord(" ")
 
 
@@ -103,7 +102,7 @@ def _slot(hashes: UInt64[np.ndarray, " _windows"], lowest_bit: int) -> UInt64[np
 
 
 def _joined(texts: Iterable[str]) -> Iterator[str]:
-    """Texts put together, with borders that no window of a document spans: numpy is slow on short arrays."""
+    """Yield texts joined into batches, because numpy is slow on short arrays. No window matches across a border."""
     batch: list[str] = []
     size = 0
     for text in texts:

@@ -25,9 +25,9 @@ IGNORED = -100  # transformers' label for "not predicted"
 
 
 class StreamWriter:
-    """The stream while it is written: documents are appended, and `flush` makes them last.
+    """Write the stream: append documents, and flush them to disk.
 
-    A writer that opens the folder of a killed one goes on after its last flush.
+    A writer that opens the folder of a killed one continues after its last flush.
     """
 
     def __init__(self, folder: Path, *, end_of_text: int, vocabulary: int) -> None:
@@ -43,13 +43,13 @@ class StreamWriter:
         self._new: list[tuple[Integer[np.ndarray, " _tokens"], int, int]] = []
 
     def append(self, tokens: Integer[np.ndarray, " _tokens"], domain: int, num_bytes: int) -> None:
-        """Add a document; ids must be below the vocabulary that the writer was made for."""
+        """Add a document. Raise ValueError for an id beyond the vocabulary."""
         if len(tokens) and int(tokens.max()) >= self._vocabulary:
             raise ValueError(f"ids must be below the vocabulary of {self._vocabulary}, got {int(tokens.max())}")
         self._new.append((tokens, domain, num_bytes))
 
     def flush(self) -> None:
-        """Write what was added."""
+        """Write all appended documents to disk."""
         if self._tokens.length == 0:
             self._tokens.extend([self._end])
         lengths = np.array(
@@ -74,7 +74,7 @@ class StreamWriter:
 
 
 class _GrowingArray:
-    """A `.npy` file of one axis that is written from front to back; `length` says where it goes on."""
+    """A one-dimensional `.npy` file that grows; `length` is the number of values written so far."""
 
     def __init__(self, path: Path, dtype: type[np.integer], length: int) -> None:
         self._dtype = np.dtype(dtype)
@@ -94,7 +94,7 @@ class _GrowingArray:
         self._file.close()
 
     def _write_header(self) -> None:
-        """numpy pads the header so that a longer array's takes the same room."""
+        """Write the header for the current length. numpy pads headers, so a longer array's header has the same size."""
         self._file.seek(0)
         shape = {"descr": self._dtype.str, "fortran_order": False, "shape": (self.length,)}
         np.lib.format.write_array_header_1_0(self._file, shape)

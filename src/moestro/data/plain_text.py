@@ -1,4 +1,4 @@
-"""Files of text: their encoding, and long ones in parts."""
+"""Read text files: detect their encoding, and cut long files into parts."""
 
 import codecs
 import io
@@ -10,7 +10,7 @@ from moestro.data.compression import MEBIBYTE, open_bytes
 from moestro.errors import Misuse
 
 LONGEST_PART = 16 * MEBIBYTE
-"""Characters of a file of text that become one document; a longer file is cut at line ends."""
+"""Largest number of characters of a text file in one document; a longer file is cut at line ends."""
 
 _BYTE_ORDER_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
@@ -84,18 +84,18 @@ def _declared_encoding(path: Path) -> str:
     """Return the encoding that a Python file declares.
 
     Raises:
-        NotText: there is no such encoding, or it is none that Python code can be written in. `rot13` and `hex` do not
-            decode to text, and `punycode` and `unicode_escape` would turn the code into something else.
+        NotText: the encoding is unknown, or cannot hold Python code: `rot13` and `hex` do not decode to text, and
+            `punycode` and `unicode_escape` would change the code.
     """
     with open_bytes(path) as stream:
         try:
             encoding = tokenize.detect_encoding(lambda: stream.readline(MEBIBYTE))[0]
-        except SyntaxError as error:  # detect_encoding's word for "no such encoding"
+        except SyntaxError as error:  # detect_encoding raises it for an unknown encoding
             raise NotText(f"{path} is not text in UTF-8: {error}") from error
     try:
         keeps_ascii = _ASCII.decode(encoding) == _ASCII.decode("ascii")
-    except (LookupError, ValueError):  # ValueError: UnicodeError among others
+    except (LookupError, ValueError):  # ValueError includes UnicodeError
         keeps_ascii = False
     if not keeps_ascii:
-        raise NotText(f"{path} declares the encoding {encoding!r}, in which no Python code is written")
+        raise NotText(f"{path} declares the encoding {encoding!r}, which cannot hold Python code")
     return encoding

@@ -151,7 +151,7 @@ def _describe(
 
 
 def _share(counts: Iterable[Sequence[int]]) -> float:
-    """Held-out characters in passages of 200 or more that training text has too, as a share of all."""
+    """Return the share of held-out characters in spans of 200 or more that occur in training text."""
     leaked, characters = np.sum([(0, 0), *counts], axis=0).tolist()
     return leaked / max(characters, 1)
 

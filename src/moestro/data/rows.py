@@ -1,4 +1,4 @@
-"""One row of a file as a document: its text, or its chat."""
+"""Turn one row of a file into a document: a text or a chat."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ class Row:
     """A row of a table, or a part of a file of text."""
 
     number: int
-    """From 1."""
+    """Position in the file, counted from 1."""
     text: str | None
-    """None where the row lacks a column or holds null: half a row is not a document."""
+    """None if a column is missing or null: an incomplete row is not a document."""
     chat: tuple[Message, ...] = ()
-    """The messages, if the row holds a chat; `text` is then their plain form."""
+    """Messages of a chat; `text` is then the chat as plain text."""
 
 
 def columns_among(names: Iterable[str], columns: Sequence[str]) -> tuple[str, ...] | None:
-    """Return the columns to read from those that exist: the ones asked for, or a chat's where `text` is the default."""
+    """Return the requested columns if they exist; if they are the default, else those of a chat; else None."""
     existing = set(names)
     if existing.issuperset(columns):
         return tuple(columns)
@@ -32,9 +32,9 @@ def columns_among(names: Iterable[str], columns: Sequence[str]) -> tuple[str, ..
 
 
 def row_of(where: str, number: int, record: Mapping[str, Any], columns: Sequence[str], *, chat: bool) -> Row:
-    """Return the row that `record` holds: its columns joined by line ends, or its chat.
+    """Return the row of `record`: its columns joined by line ends, or its chat.
 
-    A column that holds a list of messages is a chat; texts in `prompt` and `completion` are one only if `chat` is true.
+    A list of messages is a chat. Texts in `prompt` and `completion` are a chat only if `chat` is true.
 
     Raises:
         Misuse: a column holds neither text nor a chat, or more than 32 Mi characters.
@@ -59,7 +59,7 @@ def row_of(where: str, number: int, record: Mapping[str, Any], columns: Sequence
 
 
 def no_column(where: str, columns: Sequence[str], existing: Iterable[str]) -> Misuse:
-    """Return the error for a text column that is not there; it names the columns that are."""
+    """Return the error for a missing text column; it lists the existing columns."""
     names = sorted(existing)
     missing = " and ".join(repr(column) for column in columns if column not in names)
     listed = ", ".join(repr(name if len(name) <= 40 else f"{name[:40]}…") for name in names[:20])

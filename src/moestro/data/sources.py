@@ -30,7 +30,7 @@ class Document:
     text: str
     domain: str
     source: str  # where it came from, as "path:row"
-    chat: tuple[Message, ...] = ()  # the messages, if it is a chat; `text` is then their plain form
+    chat: tuple[Message, ...] = ()  # messages of a chat; `text` is then the chat as plain text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,9 +64,8 @@ def read_source(spec: str, *, text_column: str = "text") -> Iterator[Document]:
     is one document. All may be compressed (`.gz .bz2 .xz .zst .lz4`). A row without a column `text` that holds a chat
     (`messages`, `conversations`, or `prompt` and `completion`) is a document with its messages.
 
-    What is left out is logged as a warning with its count: files of other endings, documents of nothing but white
-    space, rows with nothing in a column, and in folders and globs files that are not text. Hidden files are not
-    looked at.
+    Skipped files and rows are counted in a warning: files of other endings, documents of white space alone, rows with
+    an empty column, and binary files in folders and globs. Hidden files are ignored.
 
     Raises:
         Misuse: the place does not exist, cannot be read, is binary, has no such column, holds no text, or less than
@@ -142,7 +141,7 @@ def _read_data_set(source: Source, name: str, config: str, split: str) -> Iterat
 def _exists(place: str) -> bool:
     try:
         return user_path(place).exists()
-    except Misuse:  # LABEL=PATH may be longer than a name can be
+    except Misuse:  # LABEL=PATH may be too long for a file name
         return False
 
 

@@ -1,4 +1,4 @@
-"""Which piece of a corpus is for training, which is held out, and how much of each is used."""
+"""Split a corpus into training and held-out pieces, and limit the size of both."""
 
 import heapq
 import math
@@ -11,14 +11,19 @@ from moestro.data.decontamination import unseen_parts
 from moestro.data.sources import Document
 from moestro.data.spool import Piece, Spool, fingerprint
 
-_POOL = 2  # times the held-out bytes that are wanted: what is looked at, as some of it will be cut
-_ATTEMPTS = ((1, 0.25), (2, 0.25), (4, 0.25), (8, 0.1))  # times the text, and the share of what is wanted that suffices
-_UNCUT = len(_ATTEMPTS)  # the last resort
+_POOL = 2  # candidates for held-out text, as a multiple of the wanted bytes: some of it will be cut
+_ATTEMPTS = (
+    (1, 0.25),
+    (2, 0.25),
+    (4, 0.25),
+    (8, 0.1),
+)  # multiple of the held-out fraction, and the share of the wanted bytes that must remain
+_UNCUT = len(_ATTEMPTS)  # last resort: keep held-out text uncut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """Which keys of a domain are held out: those below a threshold, but never all and, of two or more, never none."""
+    """A domain's rule for held-out keys: those below a threshold, never all, never none of two or more."""
 
     below: bytes
     largest: bytes
@@ -30,20 +35,20 @@ class Rule:
         return cls(below=max(threshold, keys[0] + b"\0"), largest=keys[1])
 
     def holds(self, piece: Piece) -> bool:
-        """Say whether the piece is held out."""
+        """Return whether the piece is held out."""
         return piece.key < self.below and piece.key != self.largest
 
 
 class Train:
-    """The train documents in the order of their fingerprints, read from disk each time that they are gone through.
+    """Training documents in the order of their fingerprints; every iteration reads them from disk.
 
     Each domain keeps its first `max_bytes` (None: all) in that order; the last document is cut to fit.
     """
 
     def __init__(self, spool: Spool, rules: Mapping[str, Rule], max_bytes: int | None) -> None:
         self._spool, self._rules = spool, rules
-        self._ends: dict[str, bytes] = {}  # the first piece of a domain that there is no room for
-        self._cut: list[Piece] = []  # what fits of it, and of later ones into the bytes that are left
+        self._ends: dict[str, bytes] = {}  # per domain, the first piece that does not fit
+        self._cut: list[Piece] = []  # the parts of it, and of later pieces, that fit into the remaining bytes
         if max_bytes is not None:
             self._limit(max_bytes)
 
@@ -51,11 +56,11 @@ class Train:
         return self.documents()
 
     def documents(self, start: int = 0, step: int = 1) -> Iterator[Document]:
-        """Read every `step`-th document from the `start`-th one on."""
+        """Read every `step`-th document from index `start` on."""
         return map(self._spool.read, islice(self.pieces(), start, None, step))
 
     def pieces(self) -> Iterator[Piece]:
-        """Yield where the documents lie."""
+        """Yield the pieces of all documents, without their text."""
         whole = (
             piece for piece in self._side() if (end := self._ends.get(piece.domain)) is None or piece.fingerprint < end
         )
@@ -86,15 +91,15 @@ class Sides:
 
     train: Train
     held_out: tuple[Document, ...]  # in the order of their fingerprints
-    shared: Counter[str]  # bytes per domain that were cut from held-out text because training text has them too
+    shared: Counter[str]  # bytes per domain cut from held-out text because they occur in training text
 
 
 def split(spool: Spool, fraction: float, max_bytes: int | None, max_held_out_bytes: int) -> Sides:
-    """Split what was read into about `fraction` held-out text and the rest, without passages that both have.
+    """Split documents into about `fraction` held-out text and the rest, and cut shared passages from held-out text.
 
-    Where less than a quarter of a domain's held-out text is left after cutting, more of the domain is held out, up to
-    eight times as much but at most half of it. A domain of which that leaves less than a tenth of what is wanted
-    repeats itself throughout, and keeps its held-out text uncut.
+    If less than a quarter of a domain's wanted bytes remains, more of the domain is held out: up to eight times as
+    much, at most half of it. If less than a tenth remains even then, the domain repeats itself throughout, and its
+    held-out text stays uncut.
     """
     keys = spool.keys()
     attempts = dict.fromkeys(keys, 0)
@@ -127,7 +132,7 @@ def split(spool: Spool, fraction: float, max_bytes: int | None, max_held_out_byt
 
 
 def bytes_of(documents: Iterable[Document]) -> Counter[str]:
-    """Return how many bytes of text each domain has."""
+    """Return the bytes of text in each domain."""
     sizes: Counter[str] = Counter()
     for document in documents:
         sizes[document.domain] += len(document.text.encode())
@@ -145,12 +150,12 @@ def sample(documents: Sequence[Document], max_bytes: int) -> Iterator[Document]:
 
 
 def first_bytes(text: str, room: int) -> str:
-    """Return what fits of a text into `room` bytes."""
+    """Return the beginning of a text that fits into `room` bytes of UTF-8."""
     return text.encode()[: max(room, 0)].decode(errors="ignore")
 
 
 def _pool(spool: Spool, rules: Mapping[str, Rule], room: Mapping[str, int]) -> Iterator[Document]:
-    """Yield held-out documents, per domain until `room` bytes are full."""
+    """Yield held-out documents of each domain until they reach `room` bytes."""
     used: Counter[str] = Counter()
     for piece in spool.pieces():
         if rules[piece.domain].holds(piece) and used[piece.domain] < room[piece.domain]:

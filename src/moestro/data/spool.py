@@ -1,7 +1,7 @@
-"""Documents on disk: read once in any order, then gone through again and again in the order of their fingerprints.
+"""Keep documents on disk: add them once in any order, then iterate repeatedly in the order of their fingerprints.
 
-Texts lie one after the other in one file. An SQLite table holds a few bytes of each, sorted as they come: it drops
-duplicates and shuffles text of any size in bounded memory.
+One file holds all texts. A sorted SQLite table holds a few bytes for each; it removes duplicates and shuffles text of
+any size in bounded memory.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from moestro.data.cache import replace_text
 from moestro.data.sources import Document
 
 WINDOW = 64 * 1024  # characters; a longer document is cut at line ends
-_DONE = "read.json"  # in a spool that is complete
+_DONE = "read.json"  # exists once all documents are added
 MIN_WINDOW = 1024
-FEW_DOCUMENTS = 20  # below this a split by whole documents has no use
+FEW_DOCUMENTS = 20  # a domain with fewer documents is split by windows
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -32,34 +32,36 @@ CREATE TABLE pieces (fingerprint BLOB, domain TEXT, key BLOB, place INT, size IN
 _ADD_PIECE = """
 INSERT INTO pieces VALUES (?, ?, ?, ?, ?, ?)
 ON CONFLICT DO UPDATE SET key = min(key, excluded.key)
-"""  # of equal windows the one with the smaller key stays, whichever was read first
+"""  # among equal windows the smaller key wins, regardless of reading order
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A document, or a window of a long one: what is sampled and ordered."""
+    """A document or a window of a long one: the unit of splitting, sampling and ordering."""
 
     fingerprint: bytes  # hash of its text
     domain: str
-    key: bytes  # decides its side: the fingerprint of the document whose side it shares
+    key: bytes  # decides its side: the document's fingerprint, so that all its windows share one side
     place: int  # in the file of texts
     size: int  # bytes
     source: str
 
 
 class Spool:
-    """Documents of `add`, each text once over all domains; the first one read stays. `finish` comes after the last."""
+    """A store of documents without duplicate texts; the first one added stays. Call `add` for each, then `finish`."""
 
     def __init__(self, folder: Path | None = None) -> None:
         if folder is None:
-            self._temporary = TemporaryDirectory(prefix="moestro-")  # goes when the spool goes
+            self._temporary = TemporaryDirectory(prefix="moestro-")  # removed together with the spool
             folder = Path(self._temporary.name)
         self._done = folder / _DONE
         complete = self._done.exists()
         self._texts = (folder / "texts").open("rb" if complete else "w+b")
         if not complete:
             (folder / "index.sqlite").unlink(missing_ok=True)
-        self._index = sqlite3.connect(folder / "index.sqlite", check_same_thread=False)  # tokenizers read in their own
+        self._index = sqlite3.connect(
+            folder / "index.sqlite", check_same_thread=False
+        )  # tokenizers read from threads of their own
         if not complete:
             self._index.executescript(_TABLES)
         self._end = 0
@@ -68,7 +70,7 @@ class Spool:
         self.duplicates: int = json.loads(self._done.read_text()) if complete else 0
 
     def add(self, document: Document) -> None:
-        """Take one document in, unless its text is there already."""
+        """Add a document unless its text was added before."""
         document = replace(document, domain=storable(document.domain), source=storable(document.source))
         data = document.text.encode()
         key = fingerprint(data)
@@ -83,7 +85,7 @@ class Spool:
         self._end += len(data)
 
     def finish(self) -> None:
-        """Cut the domains of few documents into windows and write everything out."""
+        """Cut domains with few documents into windows, and mark the spool complete on disk."""
         self._texts.flush()
         for domain, count in self._documents.items():
             if count < FEW_DOCUMENTS:
@@ -93,7 +95,7 @@ class Spool:
 
     @property
     def complete(self) -> bool:
-        """Whether everything was read, now or before a kill."""
+        """True once all documents were added, by this process or by a killed one."""
         return self._done.exists()
 
     def pieces(self) -> Iterator[Piece]:
@@ -124,7 +126,7 @@ class Spool:
             self._add_pieces(self.read(piece), piece.place, limit, None)
 
     def _add_pieces(self, document: Document, place: int, limit: int, key: bytes | None) -> None:
-        """Index the windows of a document under its key; without one each window has its own."""
+        """Index the windows of a document under `key`; if it is None, each window under its own fingerprint."""
         for window in windows(document, limit):
             data = window.text.encode()
             own = fingerprint(data)
@@ -139,7 +141,7 @@ def storable(name: str) -> str:
 
 
 def fingerprint(data: bytes) -> bytes:
-    """Return the hash of a text in UTF-8 that names it."""
+    """Return the hash of a UTF-8 text that identifies it."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -161,7 +163,7 @@ def windows(document: Document, limit: int) -> Iterator[Document]:
 
 
 def spooled(documents: Iterable[Document], folder: Path | None = None) -> Spool:
-    """Write all documents to `folder` (None: a temporary one), unless it is complete already."""
+    """Write all documents to `folder` (None: a temporary one) unless that is complete; return the spool."""
     spool = Spool(folder)
     for document in () if spool.complete else documents:
         spool.add(document)

@@ -1,4 +1,4 @@
-"""Tables as streams of records: CSV and TSV, Parquet, Arrow."""
+"""Read tables as streams of records: CSV, TSV, Parquet, Arrow."""
 
 import csv
 import io
@@ -16,7 +16,7 @@ from moestro.errors import Misuse
 
 Records = Iterator[Mapping[str, Any]]
 BATCH = 1024
-"""Rows in memory at once; fewer where a column holds lists."""
+"""Rows in memory at once; fewer if a column holds lists."""
 
 
 class TabSeparated(csv.excel_tab):
@@ -26,7 +26,7 @@ class TabSeparated(csv.excel_tab):
 
 
 def read_delimited(path: Path, columns: Sequence[str], dialect: type[csv.Dialect]) -> Records:
-    """Yield the rows of a file of delimited values as records of the columns that are read.
+    """Yield the rows of a CSV or TSV file as records of the requested columns.
 
     Raises:
         Misuse: a quotation mark is not closed where its cell ends, a row has more cells than the header, or there is no
@@ -80,7 +80,7 @@ def _lines(path: Path, stream: io.TextIOWrapper) -> Iterator[str]:
 def read_parquet(path: Path, columns: Sequence[str]) -> Records:
     """Yield the rows of a Parquet file, batch by batch.
 
-    Columns of text are read as dictionaries: a value that a million rows share is in memory once.
+    Text columns are read dictionary-encoded, so that a value shared by a million rows is in memory once.
     """
     expansion = Expansion(path)
     with seekable(path) as place, place.open("rb") as file:  # pyarrow opens no names that are not UTF-8
@@ -111,7 +111,7 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Records:
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
             for batch in batches:
                 part = batch.select(chosen)
-                part.validate(full=True)  # offsets that point outside would end the process
+                part.validate(full=True)  # offsets out of bounds would crash the process
                 for start in range(0, len(part), BATCH):
                     yield from _records(part.slice(start, BATCH), expansion)
         except pa.ArrowException as error:
@@ -139,7 +139,7 @@ def _records(batch: pa.RecordBatch, expansion: Expansion) -> Records:
 
 
 def _values(array: pa.Array) -> Iterator[Any]:
-    """Yield Python values; rows that share a dictionary's value share its string."""
+    """Yield Python values; rows with the same dictionary entry share one string."""
     if not isinstance(array, pa.DictionaryArray):
         yield from array.to_pylist()
         return

@@ -26,7 +26,7 @@ PADDING = "<|pad|>"
 MIN_VOCABULARY = 256 + 2  # every byte, and the two special tokens
 
 LONGEST_WORD = 256
-"""Characters of a word in the text that a tokenizer is trained on."""
+"""Largest number of characters of a word in the training text of a tokenizer."""
 LARGEST_VOCABULARY = 4 * 2**20
 LARGEST_GROWTH = 64
 MOST_TOKENS_A_BYTE = 8
@@ -34,7 +34,7 @@ MOST_TOKENS_A_BYTE = 8
 _TOO_LONG = f"{{{LONGEST_WORD + 1},}}"
 _LONG_WORD = re.compile(rf"\S{_TOO_LONG}|\s{_TOO_LONG}")
 _LONG_RUN = re.compile(rf"[^\W\d_]{_TOO_LONG}|\d{_TOO_LONG}|\s{_TOO_LONG}|(?:[^\w\s]|_){_TOO_LONG}")
-"""Runs that GPT-2's word splitting takes for one word."""
+"""Runs that GPT-2's pre-tokenizer treats as one word."""
 
 _CHECKED = 1000  # chunks wanted
 _CHUNK = 256  # characters
@@ -47,8 +47,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     `<|endoftext|>` (id 0) is both end and beginning of text. Padding has a token of its own, since collators that
     hide padding from the loss would otherwise hide the end of text too. Special tokens spelled out in a text are
     encoded as plain text. A corpus too small for `vocab_size` merges gives a smaller vocabulary: `len(tokenizer)`
-    is the truth. Runs of letters without a space (DNA, some scripts) are cut into words of 256 characters, since the
-    time that training takes grows with the square of a word's length; ordinary text is not affected.
+    is the truth. Longer runs of letters (DNA, some scripts) are cut into words of 256 characters, because training
+    time grows with the square of a word's length; ordinary text is not affected.
     """
     if vocab_size < MIN_VOCABULARY:
         raise Misuse(
@@ -88,7 +88,7 @@ def in_words(texts: Iterable[str]) -> Iterator[str]:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many rows an embedding needs: the largest id + 1, which exceeds `len` where ids have holes."""
+    """Return the number of embedding rows needed: the largest id + 1, which exceeds `len` if ids have gaps."""
     return max(len(tokenizer), *(i + 1 for i in tokenizer.get_vocab().values()))
 
 
@@ -96,8 +96,8 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """Load any tokenizer of transformers, from a folder or the hub.
 
     Raises:
-        Misuse: there is none, it has no end-of-text token, its ids are not below 4 Mi, or it says that it expands text
-            more than 64-fold.
+        Misuse: there is no such tokenizer, it has no end-of-text token, an id is 4 Mi or more, or its rules can expand
+            text more than 64-fold.
     """
     place = user_path(name_or_path)
     problem = f"tokenizer {name_or_path!r} must be a tokenizer's folder or name on the Hugging Face hub"
@@ -135,7 +135,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
 
 
 def check_size(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Refuse a tokenizer whose few words would take the memory: ids without end, replacements that multiply text."""
+    """Raise Misuse for a tokenizer that could exhaust memory by huge ids or by replacements that multiply text."""
     if (size := vocabulary_size(tokenizer)) > LARGEST_VOCABULARY:
         raise Misuse(f"{name} must have ids below {LARGEST_VOCABULARY:,}, got {size - 1:,}")
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -153,7 +153,7 @@ def growth(part: Mapping[str, Any]) -> int:
             return math.prod(map(growth, part.get("normalizers") or part.get("decoders") or ()))
         case "Replace":
             content, pattern = len(part["content"]), part["pattern"]
-            if "Regex" in pattern:  # may match nothing, between any two characters
+            if "Regex" in pattern:  # may match the empty string between any two characters
                 return content + 1
             return max(-(-content // max(len(pattern["String"]), 1)), 1)
         case "Prepend":
@@ -163,9 +163,9 @@ def growth(part: Mapping[str, Any]) -> int:
 
 @contextmanager
 def panics_unseen() -> Iterator[None]:
-    """Keep what Rust prints of a panic, dozens of lines, off stderr: the exception says it in one.
+    """Hide stderr within the context, where Rust prints dozens of lines for a panic that also raises an exception.
 
-    What else was written to stderr appears afterwards if nothing fails.
+    If nothing fails, the hidden output appears afterwards.
     """
     sys.stderr.flush()
     stderr = os.dup(2)
@@ -224,7 +224,7 @@ def _sample(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _lost(tokenizer: PreTrainedTokenizerBase, chunks: Sequence[str]) -> list[str]:
-    """Return the chunks that come back changed."""
+    """Return the chunks that change when they are encoded and decoded."""
     with loading.one_misuse("the tokenizer must be able to encode the text"):
         tokens = list(encode(tokenizer, chunks))
         lost = [chunk for chunk, ids in zip(chunks, tokens, strict=True) if _is_lost(tokenizer, chunk, ids.tolist())]

@@ -1,1 +1,1 @@
-"""Everything that comes from outside passes here: numbers have ranges, text is made visible, files never run code."""
+"""Check all input from outside: numbers against ranges, text for control characters, files so that no code runs."""

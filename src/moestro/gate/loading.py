@@ -1,8 +1,8 @@
-"""Load configs, tokenizers, models, adapters and data sets; no other module asks a library to do so.
+"""Load configs, tokenizers, models, adapters and data sets. No other module loads them.
 
-Files from strangers decide what these libraries do. Here code that comes with them never runs: no module that
-`auto_map` names, no pickle, no kernel of the hub. Nothing is asked on the terminal. Whatever a library raises becomes
-one Misuse, and what would take the machine down is refused before the library sees it.
+Files from strangers control what these libraries do. Their code never runs here: no module named by `auto_map`, no
+pickle, no kernel of the hub. Nothing prompts on the terminal. Any exception of a library becomes one Misuse, and files
+that could exhaust the machine are refused before a library opens them.
 """
 
 import json
@@ -21,7 +21,7 @@ from moestro.gate.visible import said
 SAFE, INDEX, ADAPTER_WEIGHTS = ".safetensors", "*.safetensors.index.json", "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_JSON = {"tokenizer.json": 512 * 2**20, "vocab.json": 64 * 2**20}
-"""Bytes; other JSON files may have 16 MiB, indices of weights 64 MiB."""
+"""Largest size in bytes; other JSON files may have 16 MiB, indices of weights 64 MiB."""
 MOST = {
     "layers": 2_000,
     "num_layers": 2_000,
@@ -31,18 +31,18 @@ MOST = {
     "depth": 2_000,
     "num_labels": 100_000,
 }
-"""What a config may ask for before a model is built: each of these makes that many Python objects."""
+"""Largest values in a config, checked before a model is built: each creates that many Python objects."""
 MOST_EXPERTS = 65_536
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-"""Fields of a config whose values may name a kernel of the hub, which is code."""
+"""Prefixes of config fields that may name a kernel of the hub, which is code."""
 
 
 @contextmanager
 def one_misuse(problem: str) -> Iterator[None]:
-    """Turn whatever a library raises into `Misuse(f"{problem}: {reason}")`.
+    """Turn any exception of a library into `Misuse(f"{problem}: {reason}")`.
 
-    Every exception is meant: configs of strangers end in ZeroDivisionError as well as in OSError, and tokenizers raises
-    a bare Exception, or a panic that is none.
+    Catch every Exception on purpose: a stranger's config can cause ZeroDivisionError as well as OSError, and tokenizers
+    raises bare Exception, or Rust's PanicException, which is only a BaseException.
     """
     try:
         yield
@@ -51,13 +51,13 @@ def one_misuse(problem: str) -> Iterator[None]:
     except Exception as error:
         raise Misuse(f"{problem}: {said(error)}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust; its class cannot be imported
+        if type(error).__name__ != "PanicException":  # Rust's; its class cannot be imported
             raise
         raise Misuse(f"{problem}: {said(error)}") from error
 
 
 def load_config(place: str, problem: str) -> PreTrainedConfig:
-    """Load the config of a folder or of a name on the hub; Misuse, beginning with `problem`, if it cannot be used."""
+    """Load the config of a folder or hub name. Raise Misuse, beginning with `problem`, if it cannot be used."""
     with one_misuse(problem):
         check_folder(Path(place))
         stored, _ = PreTrainedConfig.get_config_dict(place)
@@ -66,14 +66,14 @@ def load_config(place: str, problem: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(place: str, problem: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a folder or a name on the hub; Misuse, beginning with `problem`, if it cannot be used."""
+    """Load the tokenizer of a folder or hub name. Raise Misuse, beginning with `problem`, if it cannot be used."""
     with one_misuse(problem):
         check_folder(Path(place))
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def load_model(kind: Any, place: str, problem: str, **options: Any) -> Any:
-    """Load a model of class `kind` with its weights, from safetensors alone; returns what `from_pretrained` returns.
+    """Load a model of class `kind` with weights from safetensors alone; return the result of `from_pretrained`.
 
     Raises:
         Misuse: beginning with `problem`, if its files cannot be used.
@@ -85,7 +85,7 @@ def load_model(kind: Any, place: str, problem: str, **options: Any) -> Any:
 
 
 def load_adapter_config(folder: str, problem: str) -> Any:
-    """Load the config of a PEFT adapter; Misuse, beginning with `problem`, if it cannot be used."""
+    """Load the config of a PEFT adapter. Raise Misuse, beginning with `problem`, if it cannot be used."""
     from peft import PeftConfig  # not required otherwise
 
     with one_misuse(problem):
@@ -94,13 +94,13 @@ def load_adapter_config(folder: str, problem: str) -> Any:
 
 
 def load_adapter(model: Any, folder: str, problem: str) -> Any:
-    """Load a PEFT adapter, from safetensors alone, on top of `model`."""
+    """Load a PEFT adapter onto `model`, from safetensors alone."""
     from peft import PeftModel
 
     with one_misuse(problem):
         check_folder(Path(folder))
         if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
-            raise Misuse(f"it must have its weights in {ADAPTER_WEIGHTS}; pickled ones are never read")
+            raise Misuse(f"its weights must be in {ADAPTER_WEIGHTS}; pickled weights are never read")
         return PeftModel.from_pretrained(model, folder)
 
 
@@ -113,7 +113,7 @@ def load_rows(name: str, config: str | None, split: str, problem: str) -> Any:
 
 
 def load_saved_rows(folder: str, problem: str) -> Any:
-    """Load what `save_to_disk` of `datasets` wrote."""
+    """Load a data set that `datasets.save_to_disk` wrote."""
     import datasets
 
     with one_misuse(problem):
@@ -125,7 +125,7 @@ def load_saved_rows(folder: str, problem: str) -> Any:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Misuse if a folder holds pipes or devices, or configs too large to be ones. A name on the hub passes."""
+    """Raise Misuse if a folder holds pipes, devices or oversized configs. A hub name passes."""
     for path, status in contents(folder):
         small = 64 * 2**20 if path.match(INDEX) else 16 * 2**20
         most = LARGEST_JSON.get(path.name, small)
@@ -134,11 +134,11 @@ def check_folder(folder: Path) -> None:
 
 
 def contents(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield what a folder holds, nothing if there is none; Misuse at a pipe or a device, which would never end."""
+    """Yield the entries of a folder, if it exists. Raise Misuse for a pipe or device: reading one may never end."""
     for path in folder.iterdir() if folder.is_dir() else ():
         try:
             status = path.stat()
-        except OSError:  # a link to nothing: who reads it says that the file is not there
+        except OSError:  # a broken link: its reader reports the missing file
             continue
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
             raise Misuse(f"{path} must be a file, got a device or a pipe")
@@ -146,7 +146,7 @@ def contents(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def check_config(stored: Any) -> None:
-    """Raise Misuse if a config.json asks for code from elsewhere, or for more objects than a model can have."""
+    """Raise Misuse if a config.json names code of the hub, or asks for more objects than a model can have."""
     if not isinstance(stored, Mapping):
         raise Misuse(f"config.json must hold an object, got {type(stored).__name__}")
     architectures = stored.get("architectures")
@@ -166,14 +166,14 @@ def check_config(stored: Any) -> None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether an implementation is none, or named without an owner on the hub (or these by sub-config)."""
+    """Return whether an implementation (or each in a mapping by sub-config) is None or a name without a hub owner."""
     if isinstance(value, Mapping):
         return all(map(is_plain, value.values()))
     return value is None or (isinstance(value, str) and value.replace("_", "").isalnum())
 
 
 def entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the fields of a config and of the configs in it."""
+    """Yield the fields of a config and of all nested configs."""
     for key, value in stored.items():
         yield str(key), value
         if isinstance(value, Mapping):
@@ -181,7 +181,7 @@ def entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise Misuse if a folder's weights are pickled, or an index names files outside it. A name on the hub passes."""
+    """Raise Misuse if a folder has pickled weights only, or an index names files outside of it. A hub name passes."""
     if not folder.is_dir():
         return
     for index in folder.glob(INDEX):
@@ -198,16 +198,16 @@ def check_weights(folder: Path) -> None:
 
 
 def check_inside(index: Path, name: str) -> None:
-    """Raise Misuse unless a file that `index` names lies in the folder of `index`, by its name."""
+    """Raise Misuse unless the file `name`, listed in `index`, exists inside the folder of `index`."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name:
         raise Misuse(f"{index.name} must name files of its own folder, got {name!r}")
     if not (index.parent / name).is_file():
-        raise Misuse(f"{index.name} names {name!r}, which is not there")
+        raise Misuse(f"{index.name} names {name!r}, which does not exist")
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object; Misuse if it holds something else."""
+    """Read a JSON file. Raise Misuse unless it holds an object."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

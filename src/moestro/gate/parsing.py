@@ -1,4 +1,4 @@
-"""The command line as one call, or as one line that says why it is none."""
+"""Parse the command line into one call, or raise Misuse with one line of explanation."""
 
 import io
 import re
@@ -14,14 +14,14 @@ from moestro.errors import Misuse
 
 _FRAME = "│╭╮╰╯─┌┐└┘|+-• "
 _HELP = re.compile(r"Argument helptext:|For full helptext|Perhaps you meant|Similar|Are you sure")
-"""Where what tyro says turns from the mistake to advice on several lines."""
+"""Marks where tyro's message turns from the mistake to advice."""
 
 
 def parsed(commands: Mapping[str, Callable[..., None]], description: str) -> Callable[[], None]:
-    """Parse the command line of `moestro` and return the call that it asks for, not yet made.
+    """Parse the command line of `moestro` and return the requested call without making it.
 
     Raises:
-        Misuse: the command line cannot be parsed. tyro draws a box of several lines; this is the box in one.
+        Misuse: the command line cannot be parsed; the message is the text of tyro's box in one line.
         SystemExit: help was asked for and printed.
     """
     box = io.StringIO()
@@ -40,7 +40,7 @@ def parsed(commands: Mapping[str, Callable[..., None]], description: str) -> Cal
 
 
 def deferred(command: Callable[..., None]) -> Callable[..., Any]:
-    """Return a function that is called as `command` is, and returns the call."""
+    """Return a function with the signature of `command` that returns the bound call."""
 
     @wraps(command)
     def bind(*args: Any, **options: Any) -> Any:
@@ -50,7 +50,7 @@ def deferred(command: Callable[..., None]) -> Callable[..., Any]:
 
 
 def in_one_line(box: str) -> str:
-    """Return the words of a box that tyro drew, without its frame and its advice, and where to find help."""
+    """Return the mistake in a box that tyro drew, without frame and advice, and the command for help."""
     words = " ".join(line.strip(_FRAME) for line in box.splitlines())
     mistake = " ".join(_HELP.split(words)[0].split())
     typed = next((word for word in sys.argv[1:2] if word.isalpha()), "")

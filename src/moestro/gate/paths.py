@@ -1,4 +1,4 @@
-"""Paths as users type them."""
+"""Turn paths that users type into `Path`."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from moestro.gate.visible import said
 
 
 def user_path(text: str | Path) -> Path:
-    """Return the path that a user typed, with ~ expanded; Misuse if the system cannot look it up at all."""
+    """Return the path that a user typed, with ~ expanded. Raise Misuse if the system cannot look it up."""
     if not str(text):
         raise Misuse("a path must not be empty, got ''")
     try:

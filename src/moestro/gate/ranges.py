@@ -1,8 +1,7 @@
-"""What the fields that users fill may hold, stated once, in the field's annotation, and checked wherever it is filled.
+"""State the range of a field once, in its annotation, and check it wherever the field is set.
 
-A dataclass writes `rate: Annotated[float, Range(above=0, at_most=1)]`, or a name for it from below, and calls
-`check_fields(self)` when it is made. So the command line, the API and anything that builds the same dataclass refuse
-the same values in the same words.
+A dataclass declares `rate: Annotated[float, Range(above=0, at_most=1)]`, or one of the named ranges below, and calls
+`check_fields(self)` in `__post_init__`. So the command line and the API refuse the same values in the same words.
 """
 
 import types
@@ -27,7 +26,7 @@ class Range:
     below: int | float | None = None
 
     def violated(self, value: Any) -> str:
-        """Return the bound that `value` breaks, in words; empty if it lies within."""
+        """Return the violated bound in words; empty if `value` lies within the range."""
         if self.at_least is not None and not value >= self.at_least:
             return f"at least {self.at_least:,}"
         if self.above is not None and not value > self.above:
@@ -40,7 +39,7 @@ class Range:
 
     @property
     def words(self) -> str:
-        """Both bounds, to stand behind "a number"."""
+        """Both bounds in words, to follow "a number"."""
         low = f" of at least {self.at_least:,}" if self.at_least is not None else ""
         low = f" above {self.above:,}" if self.above is not None else low
         high = f"at most {self.at_most:,}" if self.at_most is not None else ""
@@ -49,16 +48,16 @@ class Range:
 
 
 Weight = Annotated[float, Range(at_least=0)]
-"""The weight of a loss, or another number that switches something off at 0."""
+"""The weight of a loss, or another number whose 0 means "off"."""
 Positive = Annotated[float, Range(above=0)]
 Share = Annotated[float, Range(at_least=0, at_most=1)]
 PositiveShare = Annotated[float, Range(above=0, at_most=1)]
 Decay = Annotated[float, Range(at_least=0, below=1)]
 """The decay of a running mean."""
 Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1)]
-"""What numpy, torch and Python all take."""
+"""The seeds that numpy, torch and Python all accept."""
 Number = Annotated[int, Range(at_least=0, at_most=10**9)]
-"""How many of something, or none."""
+"""A count that may be 0."""
 Steps = Annotated[int, Range(at_least=1, at_most=10**9)]
 Tokens = Annotated[int, Range(at_least=1, at_most=10**16)]
 Bytes = Annotated[int, Range(at_least=1, at_most=2**53)]
@@ -74,7 +73,7 @@ SharedExperts = Annotated[int, Range(at_least=0, at_most=2**10)]
 
 
 def check_fields(record: Any) -> None:
-    """Raise Misuse unless every field that the user can set holds what its annotation says."""
+    """Raise Misuse unless every field of the constructor satisfies its annotation."""
     hints = hints_of(type(record))
     for field in fields(record):
         if field.init:
@@ -83,21 +82,21 @@ def check_fields(record: Any) -> None:
 
 @cache
 def hints_of(kind: Any) -> dict[str, Any]:
-    """The annotations of a class or a function, with their ranges."""
+    """Return the annotations of a class or function, ranges included."""
     return get_type_hints(kind, include_extras=True)
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raise Misuse unless `value`, which the user knows as `name`, is what `hint` says.
+    """Raise Misuse, which calls the value `name`, unless `value` satisfies `hint`.
 
-    Numbers of numpy count as Python's. True and False are no numbers, and no number may be NaN or infinite.
+    numpy numbers count as Python numbers. True and False are not numbers, and numbers must be finite.
     """
     if (problem := wrong(value, hint)) is not None:
         raise Misuse(f"{name} must be {problem}, got {shown(value)}")
 
 
 def wrong(value: Any, hint: Any) -> str | None:
-    """Return what `value` must be by `hint`, in words; None if it is that, or if `hint` cannot be checked."""
+    """Return in words what `hint` requires if `value` violates it; None if it fits or `hint` cannot be checked."""
     kind, *metadata = get_args(hint) if get_origin(hint) is Annotated else (hint,)
     limits = next((item for item in metadata if isinstance(item, Range)), Range())
     if get_origin(kind) in (Union, types.UnionType):
@@ -118,7 +117,7 @@ def wrong(value: Any, hint: Any) -> str | None:
 
 
 def wrong_for_all(value: Any, kinds: tuple[Any, ...]) -> str | None:
-    """The same for a union: nothing if one of its kinds fits, else the words for all but None."""
+    """Like `wrong`, for a union: None if one member fits, else the requirements of all members but None."""
     problems = [None if value is None else "" if kind is type(None) else wrong(value, kind) for kind in kinds]
     if value is None:
         return None if type(None) in kinds else either([wrong(value, kind) or "" for kind in kinds])
@@ -126,7 +125,7 @@ def wrong_for_all(value: Any, kinds: tuple[Any, ...]) -> str | None:
 
 
 def wrong_number(value: Any, kind: type, limits: Range) -> str | None:
-    """The same for a number: the bound that it breaks, or all that must hold if it is no such number at all."""
+    """Like `wrong`, for a number: the violated bound, or the whole requirement if `value` is not such a number."""
     noun = "a whole number" if kind is int else "a number"
     if isinstance(value, bool) or not isinstance(value, Integral if kind is int else Real) or not finite(value):
         return noun + limits.words
@@ -134,7 +133,7 @@ def wrong_number(value: Any, kind: type, limits: Range) -> str | None:
 
 
 def wrong_tuple(value: Any, kinds: tuple[Any, ...]) -> str | None:
-    """The same for a tuple of any length, whose items are all of one kind."""
+    """Like `wrong`, for a tuple of any length with items of one kind."""
     if not isinstance(value, tuple | list):
         return "a tuple"
     problems = (wrong(item, kinds[0]) for item in value)
@@ -142,7 +141,7 @@ def wrong_tuple(value: Any, kinds: tuple[Any, ...]) -> str | None:
 
 
 def finite(value: Any) -> bool:
-    """Whether a number is one that a float can hold."""
+    """Return whether a number is finite and fits into a float."""
     try:
         return isfinite(value)
     except OverflowError:
@@ -150,12 +149,12 @@ def finite(value: Any) -> bool:
 
 
 def either(words: list[str]) -> str:
-    """Choices in words."""
+    """Join choices in words: "a or b", "one of a, b, c"."""
     return " or ".join(words) if len(words) < 3 else f"one of {', '.join(words)}"
 
 
 def shown(value: Any) -> str:
-    """A value as the user may have typed it, at most 60 characters of it."""
+    """Return the repr of a value, at most 60 characters long."""
     try:
         return shortened(repr(value), 60)
     except ValueError:  # Python does not print whole numbers of more than 4,300 digits

@@ -1,8 +1,8 @@
-"""Show other people's text as it is, whatever it holds.
+"""Print text from users and their data safely.
 
-Names of recipes, domains, layers and files come from users and their data, and so does much of what libraries say of
-them. Characters that steer a terminal or the direction of text are replaced by their numbers where text leaves the
-package: the last line of a command, warnings, tables and progress. Messages themselves hold the text unchanged.
+Names of recipes, domains, layers and files come from users and their data, and libraries repeat them in messages.
+Characters that control a terminal or the direction of text are replaced by their code points when text is printed: in
+the last line of a command, warnings, tables and progress. Messages in exceptions hold the text unchanged.
 """
 
 import logging
@@ -16,7 +16,7 @@ _LINE, _END = 1200, 300
 
 
 def visible(text: str) -> str:
-    """Return `text` with every control, direction and surrogate character replaced by its number."""
+    """Return `text` with every control, direction and surrogate character replaced by its code point."""
     return text if text.isascii() and text.isprintable() else "".join(_visible(character) for character in text)
 
 
@@ -26,18 +26,18 @@ def shortened(text: str, length: int) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return `text` as one visible line of bounded length; a long one loses its middle, since reasons stand last."""
+    """Return `text` as one visible line of bounded length; a long one loses its middle, as the reason comes last."""
     text = text if len(text) <= _LINE else f"{text[: _LINE - _END]}…{text[-_END:]}"
     return visible(text)
 
 
 def said(error: BaseException) -> str:
-    """Return what a library said, on one line of at most 240 characters."""
+    """Return the message of a library's error on one line of at most 240 characters, or the name of its class."""
     return shortened(" ".join(str(error)[:10_000].split()), 240) or type(error).__name__
 
 
 class VisibleLines(logging.Handler):
-    """Write what the package warns of to stderr, one visible line for each."""
+    """Write warnings of the package to stderr, one visible line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
@@ -45,7 +45,7 @@ class VisibleLines(logging.Handler):
 
 
 def make_visible() -> None:
-    """Let every warning of the program be one visible line; those of other packages are for programmers, and go."""
+    """Print every warning of the package as one visible line, and hide warnings of other packages."""
     logger = logging.getLogger("moestro")
     if not any(isinstance(handler, VisibleLines) for handler in logger.handlers):
         logger.addHandler(VisibleLines())
@@ -54,7 +54,7 @@ def make_visible() -> None:
 
 
 def show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
-    """Print a warning as one line, without the place in the code."""
+    """Print a warning as one line, without its place in the code."""
     print(one_line(str(message)), file=sys.stderr)
 
 

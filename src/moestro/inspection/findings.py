@@ -19,7 +19,7 @@ from moestro.inspection.places import places
 from moestro.routing import MoELayer
 
 SUGGESTED = {"balance": "1e-2", "orthogonality": "0.1", "variance": "0.1"}
-"""Losses to begin with, and their weights: those of README, and of `+specialise`."""
+"""Suggested losses and weights, the same as in README and `+specialise`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,14 +78,14 @@ class Finding:
 
 
 def describe(checkpoint: Checkpoint) -> Finding:
-    """What a checkpoint is, without reading its weights; Misuse where it has no MoE layer that can be watched."""
+    """Describe a checkpoint without reading its weights. Raise Misuse if it has no MoE layer that can be watched."""
     model = on_meta(checkpoint, adapted=False)
     with one_misuse(checkpoint.spec):
         return finding(checkpoint, model, moe_layers(model))
 
 
 def finding(checkpoint: Checkpoint, model: nn.Module, layers: Sequence[MoELayer]) -> Finding:
-    """Say what a model is whose MoE layers are these."""
+    """Return the finding on a model with these MoE layers."""
     if not all(layer.num_experts for layer in layers):
         raise Misuse("its MoE layers must have at least 1 expert, got 0")
     losses = tuple(loss_finding(loss, layers) for loss in (*LOSSES, "bias_rate"))

@@ -31,10 +31,10 @@ def orthogonality(record: LayerRecord, form: OrthogonalityForm, eps: float = 1e-
     * span: squared length of y_j's projection on the span of the token's other outputs, g' (G' + RIDGE diag G')^-1 g
       with G' the others' Gram matrix and g their products with y_j. Without the ridge that is G_jj - 1 / (G^-1)_jj.
 
-    0 where a token has one expert. `eps` is used by projection alone. cosine and weighted are blind to the units of the
-    hidden state. projection and span are in squared units of it: a weight for outputs of length 1 is 10^4 times as
-    large for outputs of length 100, which real models have, and a few tokens of length 10^4 decide all of it. Their
-    weight makes sense where the loss is brought to the size of another one first, as the paper does it.
+    0 where a token has one expert. `eps` is used by projection alone. cosine and weighted do not depend on the
+    units of the hidden state. projection and span are in its squared units: for outputs of length 100, which real
+    models have, the loss is 10^4 times that of length 1, and a few tokens of length 10^4 dominate it. Scale these two
+    to the size of another loss first (`AuxLosses(scaling="relative")`), as the paper does.
 
     Paper: Guo et al. 2025, arXiv:2505.22323, Eq. 6.
     Departs from the paper: averaged over tokens, where its sum grows with their number. cosine and weighted are ours;

@@ -62,10 +62,10 @@ def variance(
 ) -> PerSequence:
     """Negative variance of the routing: each token contributes -(1/n) sum_j (s_ij - mean_j)^2, n experts.
 
-    `mean` is taken as given. With the mean s of the whole batch, and where every token counts alike, it has Eq. 7's
-    value and its exact gradient, as sum_i (s_ij - mean_j) = 0: `AuxLosses(variance_over="batch")`. If tokens count by
-    their row's labels, as with the mean of the step before, it is a variance with other weights, exact under any cut of
-    the batch. The row form has 1/n in the mean's place: it is content with all tokens on one expert.
+    `mean` is a constant. If it is the mean of s over the whole batch and every token has equal weight, the loss has
+    Eq. 7's value and exact gradient, because sum_i (s_ij - mean_j) = 0: `AuxLosses(variance_over="batch")`. If tokens
+    are weighted by their row's labels, as with the previous step's mean, it is a variance with those weights, exact
+    under any cut of the batch. The row form has 1/n in the mean's place: it is content with all tokens on one expert.
     A token whose sum_j (s_ij - mean_j)^2 exceeds `cap` counts as `cap` and has no gradient: the loss pushes s to
     one-hot and would never stop. With one expert per token s is 1, whatever the router says: no gradient at all.
 

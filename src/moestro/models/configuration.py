@@ -140,11 +140,11 @@ FIELDS: dict[str, Any] = {
     "attention_bias": bool,
     "composition": Composition,
 }
-"""What fields of `MoestroConfig` may hold, apart from the class: transformers' @strict does not take ranges."""
+"""Ranges of the fields of `MoestroConfig`. They are not annotations, because transformers' @strict refuses ranges."""
 
 
 def refusing_in_one_line(kind: type[Config]) -> type[Config]:
-    """Let a config check its ranges wherever a field is set, and raise Misuse for what @strict refuses."""
+    """Make a config class check `FIELDS` on every assignment, and raise Misuse instead of @strict's error."""
     strictly = kind.__setattr__
 
     def set_field(self: Config, name: str, value: Any) -> None:

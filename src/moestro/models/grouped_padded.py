@@ -58,10 +58,10 @@ def padded_mm_experts_forward(
 def unmixed(
     self: nn.Module, hidden_states: Float[Tensor, "tokens dim"], top_k_index: Int[Tensor, "tokens k"], backend: str
 ) -> Float[Tensor, "tokens k out"]:
-    """What `backend` would weight and add up: each expert's own output.
+    """Return each chosen expert's own output, before `backend` weights and sums them.
 
-    It is "padded_mm", "autocast_mm" or transformers' "grouped_mm": the same matrix products row by row, without the
-    copies that calling the backend with one expert per row takes.
+    `backend` is "padded_mm", "autocast_mm" or transformers' "grouped_mm". The matrix products are the same row by row,
+    without the copies that a call of the backend with one expert per row would need.
     """
     experts: Any = self
     dtype, padded = compute_dtype(experts, backend), backend == PADDED_MM

@@ -10,12 +10,12 @@ from moestro.statistics import Difference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bar:
-    """One recipe's difference: its mean, seeds, interval and the band in which it would not be worth having."""
+    """One recipe's difference: its mean, seeds, interval, and the band of the equivalence margin."""
 
     mean: float
     seeds: tuple[float, ...]
     interval: tuple[float, float] | None  # left end and width
-    margin: tuple[float, float] | None  # left end and width: the margin to both sides of zero, cut at the edges
+    margin: tuple[float, float] | None  # left end and width of the margin around zero, cut at the edges
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +25,7 @@ class Forest:
     bars: tuple[Bar | None, ...]
     ticks: tuple[tuple[float, str], ...]
     has_interval: bool
-    margin: str  # what the bands are, empty without one
+    margin: str  # the margin as text, empty without one
 
 
 def forest(comparison: Comparison) -> Forest:
@@ -52,7 +52,7 @@ def _bar(found: Difference, edge: float) -> Bar:
 
 
 def _reach(found: Difference) -> float:
-    """The largest absolute value that the bar must show."""
+    """Return the largest absolute value that the bar must show."""
     return max(abs(end) for end in (*found.by_seed, *(found.interval or ())))
 
 

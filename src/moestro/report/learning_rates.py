@@ -44,7 +44,7 @@ def rate_table(comparison: Comparison) -> RateTable | None:
 
 
 def rate_figure(comparison: Comparison) -> Figure | None:
-    """Loss against learning rate, a line per recipe, its best marked; None without two rates, or where all failed."""
+    """Return loss against learning rate, one line per recipe with its best marked; None without two finished rates."""
     found = comparison.sweep
     if found is None or len(rates := all_rates(found)) < 2:
         return None

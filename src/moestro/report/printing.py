@@ -33,16 +33,16 @@ def text(console: Console, words: str, style: str = "") -> Text:
 
 
 def say(words: str) -> None:
-    """Print one line of the results of a command, however long it is."""
+    """Print one line of a command's results to stdout, without wrapping."""
     console = Console()
     console.print(text(console, words), soft_wrap=True)
 
 
 class Visible(Console):
-    """A console whose `print` shows plain text as it is: neither markup nor what would steer the terminal is obeyed."""
+    """A console whose `print` shows strings literally, without markup or terminal control characters."""
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, texts made visible."""
+        """Print like rich, with strings made visible."""
         super().print(*(text(self, o) if isinstance(o, str) else o for o in objects), **options)
 
 

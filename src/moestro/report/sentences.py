@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from moestro.comparison import Comparison, RecipeResult, Run, Sweep
+from moestro.comparison import LEAST_LEARNT, Comparison, RecipeResult, Run, Sweep
 from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
 from moestro.statistics import MIN_SEEDS, Difference, Verdict
 
 TOKENS_PER_EXPERT = 16
-"""Held-out tokens per expert of a layer from which an expert that none of them chose counts as dead."""
+"""Held-out tokens per expert that a text must have before an expert without tokens counts as dead."""
 
 
 def headline(comparison: Comparison) -> str:
@@ -29,7 +29,7 @@ def headline(comparison: Comparison) -> str:
 
 
 def _answer(first: RecipeResult, others: list[RecipeResult], decimals: int) -> str:
-    """How recipes of which no run failed stand to the first."""
+    """Return the answer for recipes without failed runs, compared with the first."""
     seeds = max((len(result.difference.by_seed) for result in others if result.difference), default=0)
     if seeds < MIN_SEEDS:
         return f"Too few seeds to rank: {seeds} of the {MIN_SEEDS} that it takes"
@@ -52,15 +52,16 @@ def _answer(first: RecipeResult, others: list[RecipeResult], decimals: int) -> s
 
 
 def learnt_nothing(run: Run) -> str:
-    """That a run learnt nothing, and by what measure; empty where it did learn."""
+    """Say that a run learnt nothing, and by which baseline; empty if it learnt."""
     if not run.learnt_nothing:
         return ""
     known = "token frequencies alone" if run.chance == run.held_out.unigram else "a blind guess"
-    return f"learnt nothing: its held-out loss of {fixed(run.held_out.loss)} is not below {known} ({fixed(run.chance)})"
+    loss = fixed(run.held_out.loss)
+    return f"learnt nothing: its held-out loss of {loss} is not {LEAST_LEARNT:g} below {known} ({fixed(run.chance)})"
 
 
 def most_are_dead(run: Run) -> str:
-    """That most experts of a run are dead; empty where they are not, or the text is too short to tell."""
+    """Say that most experts of a run are dead; empty if they are not, or if the text is too short to tell."""
     tokens = sum(domain.tokens for domain in run.held_out.domains.values())
     dead = sum(layer.figures.get("dead_experts") or 0 for layer in run.layers)
     experts = sum(len(layer.load) for layer in run.layers)
@@ -69,18 +70,18 @@ def most_are_dead(run: Run) -> str:
 
 
 def did_not_learn(run: Run) -> str:
-    """That a run learnt nothing, or that most of its experts are dead; empty for a sound one."""
+    """Say that a run learnt nothing or that most of its experts are dead; empty for a sound run."""
     return " and ".join(words for words in (learnt_nothing(run), most_are_dead(run)) if words)
 
 
 def warnings(comparison: Comparison) -> list[str]:
-    """A line for each run that did not learn."""
+    """Return one line for each run that did not learn."""
     every = ((result.name, run) for result in comparison.recipes for run in result.runs)
     return [f"{name} seed {run.seed}: {words}" for name, run in every if (words := did_not_learn(run))]
 
 
 def verdict(comparison: Comparison, result: RecipeResult) -> Verdict | None:
-    """The verdict on a recipe; None for a first one that did not fail."""
+    """Return the verdict on a recipe; None for the first recipe unless it failed."""
     if result.failed:
         return "failed"
     if result is comparison.recipes[0]:
@@ -89,13 +90,13 @@ def verdict(comparison: Comparison, result: RecipeResult) -> Verdict | None:
 
 
 def failed(result: RecipeResult) -> list[str]:
-    """Which runs of a recipe failed, and when."""
+    """Return one phrase for each failed run of a recipe, with the step if it diverged."""
     how = ["failed" if run.step is None else f"diverged at step {run.step:,}" for run in result.failed]
     return [f"seed {run.seed} {what}" for run, what in zip(result.failed, how, strict=True)]
 
 
 def failures(comparison: Comparison) -> str:
-    """How many runs failed, and of which recipes with which seeds; empty where none did."""
+    """Say how many runs failed, by recipe and seed; empty if none did."""
     lost = [f"{result.name} ({'; '.join(failed(result))})" for result in comparison.recipes if result.failed]
     if not lost:
         return ""
@@ -124,8 +125,8 @@ def held_out(comparison: Comparison) -> str:
 
 
 def overlap(share: float) -> str:
-    """How much of the held-out text stands in training text."""
-    return f"{100 * share:.2f} % of it stands in training text too, in passages of 200 characters or more."
+    """Say how much of the held-out text also occurs in training text."""
+    return f"{100 * share:.2f} % of it also occurs in training text, in spans of 200 characters or more."
 
 
 def sweep(comparison: Comparison) -> str:
@@ -181,7 +182,7 @@ def difference(comparison: Comparison, result: RecipeResult) -> str:
 
 
 def reason(comparison: Comparison, result: RecipeResult) -> str:
-    """Why the verdict is what it is; empty where "better" or "worse" says all."""
+    """Return the reason for the verdict; empty if "better" or "worse" needs none."""
     found = result.difference
     if result.failed:
         return "; ".join(f"seed {run.seed}: {run.reason}" for run in result.failed)
@@ -205,18 +206,18 @@ def reason(comparison: Comparison, result: RecipeResult) -> str:
 
 
 def noise(comparison: Comparison, result: RecipeResult) -> str:
-    """What size of difference, and what margin, a comparison of this size resolves."""
+    """Say which difference and which margin a new comparison of this size detects."""
     found, first = result.difference, comparison.recipes[0].name
     if found is None:
         return ""
     decimals = decimals_of(comparison)
     if found.minimum_detectable is not None and found.minimum_margin is not None:
         effect, margin = fixed(found.minimum_detectable, decimals), fixed(found.minimum_margin, decimals)
-        said = f"A new study of this size finds a true difference of {effect} nats four times in five, and "
-        said += f"an equal recipe to lie within {margin} nats of {first} as often"
+        said = f"A new study of this size detects a true difference of {effect} nats four times in five, and "
+        said += f"shows an equal recipe equivalent to {first} within {margin} nats as often"
         return f"{said}; more often if the same is true of other recipes." if _tested(comparison) > 1 else f"{said}."
     if found.verdict == "failed":
-        return "It failed with some seeds: what it reached with others is no measure of it."
+        return "It failed with some seeds, so its results with other seeds are not comparable."
     if found.verdict == "too few seeds to rank":
         by_seed = ", ".join(signed(value, decimals) for value in found.by_seed)
         return f"By seed: {by_seed}. How much of it is noise takes {MIN_SEEDS} seeds to say."
@@ -224,7 +225,7 @@ def noise(comparison: Comparison, result: RecipeResult) -> str:
 
 
 def rule(comparison: Comparison) -> str:
-    """How verdicts come about, and how often they are wrong."""
+    """Explain the rule of the verdicts and its error rates."""
     margins = [r.difference.margin for r in comparison.recipes if r.difference and r.difference.margin is not None]
     margin = f" of {margins[0]:g} nats" if margins else ""
     several = _tested(comparison) > 1
@@ -239,14 +240,12 @@ def rule(comparison: Comparison) -> str:
 
 
 def beside_intervals(comparison: Comparison) -> str:
-    """Where an interval and the verdict beside it may seem to disagree."""
-    said = (
-        "The 95 % interval of an equivalent recipe may reach beyond the margin: the two one-sided tests are a 90 % one."
-    )
+    """Explain why an interval may seem to contradict the verdict beside it."""
+    said = "The 95 % interval of an equivalent recipe may exceed the margin: two one-sided tests match a 90 % interval."
     if _tested(comparison) < 2:
         return said
     unadjusted = (
-        "Intervals are not adjusted for the number of recipes: one without zero may stand beside “not answered”."
+        "Intervals are not adjusted for the number of recipes: one that excludes zero may accompany “not answered”."
     )
     return f"{said} {unadjusted}"
 
@@ -263,7 +262,7 @@ def _spread(found: Difference) -> float:
 
 
 def _tested(comparison: Comparison) -> int:
-    """How many recipes the p-values are adjusted for."""
+    """Return the number of recipes that the p-values are adjusted for."""
     return sum(r.difference is not None and r.difference.p is not None for r in comparison.recipes)
 
 

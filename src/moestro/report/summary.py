@@ -23,7 +23,7 @@ class Row:
     loss: str
     spread: str
     failed: tuple[str, ...]
-    """Which runs failed, and when; the means leave them out."""
+    """One phrase for each failed run; means exclude them."""
     perplexity: str
     bits_per_byte: str
     difference: str
@@ -96,7 +96,7 @@ def _row(comparison: Comparison, result: RecipeResult) -> Row:
 
 
 def _learning_rate(comparison: Comparison, result: RecipeResult) -> str:
-    """What the sweep chose; empty without a sweep."""
+    """Return the learning rate that the sweep chose; empty without a sweep."""
     if comparison.sweep is None:
         return ""
     rate = comparison.sweep.chosen.get(result.name)

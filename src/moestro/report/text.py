@@ -1,6 +1,6 @@
-"""Other people's text in plotly, which reads pseudo-HTML in labels.
+"""Escape text from users for plotly, which interprets pseudo-HTML in labels.
 
-Escaping for HTML is the template's (autoescape), for JSON inside HTML its `tojson`; here is what those leave.
+Templates escape HTML (autoescape) and JSON inside HTML (`tojson`); this module does the rest.
 """
 
 from moestro.gate.visible import visible

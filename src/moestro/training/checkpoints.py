@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: complete or not there, and what they hold verified before it is used.
+"""Checkpoints that are either complete or ignored, and verified before use.
 
 The Trainer writes a checkpoint file by file into its final folder, so a killed process leaves half of one behind. A
 marker written last, with the size and hash of every file, tells a complete checkpoint from that.
@@ -36,7 +36,7 @@ def digest(path: Path) -> str:
 
 
 def verify(folder: Path, advice: str) -> None:
-    """Raise Misuse, with `advice`, if a marked folder of weights does not hold what its marker says."""
+    """Raise Misuse, ending with `advice`, if the files of a marked folder differ from its marker."""
 
     def require(condition: bool, what: str) -> None:
         if not condition:
@@ -50,13 +50,13 @@ def verify(folder: Path, advice: str) -> None:
 
 
 def verify_if_marked(folder: Path) -> None:
-    """Raise Misuse if `folder` is one that moestro wrote and marked, and does not hold what it wrote."""
+    """Raise Misuse if `folder` has a marker and its files differ from it."""
     if (folder / MARKER).exists():
         verify(folder, "restore it, or start its run again to write it anew")
 
 
 def read_marker(folder: Path, require: Callable[[bool, str], None]) -> dict[str, tuple[int, str]]:
-    """Return size and hash of every file that the marker names; weights must be among them."""
+    """Return size and hash of every file that the marker names. Weights must be among them."""
     try:
         marked = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         contents = {str(PurePath(name)): (int(size), str(expected)) for name, (size, expected) in marked.items()}
@@ -68,7 +68,7 @@ def read_marker(folder: Path, require: Callable[[bool, str], None]) -> dict[str,
 
 
 def kind(folder: Path) -> str:
-    """The word for a folder of weights in an error."""
+    """Return what errors call a folder of weights: "checkpoint" or "model"."""
     return "checkpoint" if re.fullmatch(r"checkpoint-\d+", folder.name) else "model"
 
 
@@ -101,7 +101,7 @@ def last_complete(run: Path) -> tuple[Path | None, list[Path]]:
 
 
 def check_step(folder: Path) -> None:
-    """Raise Misuse if the state in a verified checkpoint is from another step than its name says."""
+    """Raise Misuse if a checkpoint's trainer state is from another step than its name says."""
     state = folder / "trainer_state.json"
     step = json.loads(state.read_text(encoding="utf-8"))["global_step"] if state.exists() else None
     if step != step_of(folder):
@@ -109,7 +109,7 @@ def check_step(folder: Path) -> None:
 
 
 def refuse_non_finite(model: nn.Module, step: int) -> None:
-    """Raise Diverged if any parameter is NaN or infinite: such a checkpoint must not look good."""
+    """Raise Diverged if any parameter is NaN or infinite: such a checkpoint must not be saved as complete."""
     for name, parameter in model.named_parameters():
         if not bool(parameter.isfinite().all()):
             raise Diverged(f"parameter {name} is not finite after step {step}; try a lower learning_rate", step=step)

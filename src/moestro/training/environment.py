@@ -1,4 +1,4 @@
-"""What a run was made with, so that others can reproduce it."""
+"""Record versions and hardware of a run, so that others can reproduce it."""
 
 import platform
 from pathlib import Path
@@ -8,7 +8,7 @@ import transformers
 
 
 def environment() -> dict[str, str]:
-    """Versions and hardware."""
+    """Return versions and hardware as text."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "python": platform.python_version(),
@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name as Linux knows it; what Python knows where Linux keeps it hidden."""
+    """Return the processor's name from Linux; from Python if Linux hides it."""
     info = cpu_info()
     names = [line for line in info.splitlines() if "model name" in line]
     name = names[0].partition(":")[2].strip() if names else platform.processor()
@@ -29,7 +29,7 @@ def processor() -> str:
 
 
 def cpu_info() -> str:
-    """Linux's description of the processors; empty on other systems, and in containers that hide it."""
+    """Return the contents of /proc/cpuinfo; empty on other systems and in containers that hide it."""
     try:
         return Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -54,7 +54,7 @@ def estimates(recipes: Sequence[Recipe], runs: float | int = 1) -> list[Estimate
 
 
 def check_memory(recipes: Sequence[Recipe]) -> None:
-    """Raise Misuse if a recipe's weights, gradients and AdamW alone take more than all memory of this machine."""
+    """Raise Misuse if a recipe's weights, gradients and AdamW state alone exceed this machine's memory."""
     cuda = torch.cuda.is_available()
     memory = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
     for recipe in recipes:

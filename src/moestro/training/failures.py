@@ -1,4 +1,4 @@
-"""Runs that fail: noted in their folders, so that a comparison goes on without them and does not try them again."""
+"""Record diverged runs in their folders, so that a comparison continues without them and does not retry them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ from moestro.records import read_record, write_record
 from moestro.training.ranks import on_first_rank
 
 FAILED = "failed.json"
-"""Why a run failed, in its folder."""
+"""Name of the file in a run's folder that records why it diverged."""
 
 
 @contextmanager
 def noted_divergence(folder: Path, seed: int) -> Iterator[None]:
-    """Note in the run's folder that it diverged; raise the same error again, without trying, if it did before.
+    """Record in the run's folder that it diverged. If it diverged before, raise that error again without training.
 
-    Other failures are not noted: they may have causes that the user has removed since.
+    Other failures are not recorded: the user may have removed their cause.
     """
     note = folder / FAILED
     known = on_first_rank(lambda: read_record(FailedRun, note) if note.exists() else None)

@@ -1,4 +1,4 @@
-"""The results of a run: written whole and the summary last, so that a finish begun again ends with the same files."""
+"""Write the results of a run: each file atomically and the summary last, so that a killed finish can be repeated."""
 
 import shutil
 import zipfile
@@ -27,7 +27,7 @@ LOSSES = "held_out.npz"
 def write_results(
     folder: Path, model: MoestroForCausalLM, tokenizer: PreTrainedTokenizerBase, evaluation: Evaluation, run: Run
 ) -> Run:
-    """Write model, held-out losses per document and, last, the summary; return the run."""
+    """Write the model, the held-out losses per document and, last, the summary. Return the run."""
     with whole_folder(folder / MODEL) as place, failures_as_os_errors(place):
         model.save_pretrained(place)
         tokenizer.save_pretrained(place)
@@ -42,9 +42,9 @@ def write_results(
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place when the context ends without an error."""
+    """Yield an empty folder that replaces `folder` when the context ends without an error."""
     place = folder.with_name(f"{folder.name}.part")
-    for left in (place, folder):  # by a finish that was killed
+    for left in (place, folder):  # left by a killed finish
         if left.exists():
             shutil.rmtree(left)
     place.mkdir()
@@ -68,13 +68,13 @@ def read_finished(folder: Path, console: Console) -> Run | None:
     model = folder / MODEL
     if (model / MARKER).exists():
         verify(model, advice)
-    elif run.steps is not None:  # earlier versions wrote no marker
+    elif run.steps is not None:  # only earlier versions wrote no marker
         console.print(f"warning: {model} is missing or has lost {MARKER}; {advice}", markup=False)
     return run
 
 
 def read_losses(folder: Path) -> tuple[Float[np.ndarray, " documents"], Int[np.ndarray, " documents"]]:
-    """Read (nll, tokens) of each held-out document. Raises Misuse if a finished run has lost them."""
+    """Read (nll, tokens) of each held-out document. Raise Misuse if the file is missing or damaged."""
     path = folder / LOSSES
     try:
         with np.load(path) as kept:

@@ -1,4 +1,4 @@
-"""The held-out text: what is measured on a part of it while a run trains, and on all of it at the end."""
+"""Measure on held-out text: on a part of it while a run trains, and on all of it at the end."""
 
 import logging
 import math
@@ -25,7 +25,7 @@ from moestro.training.resume import read_metrics
 CURVE_TOKENS = 8_192
 """Held-out tokens of each point of a learning curve."""
 UNIGRAM_TOKENS = 4_000_000
-"""Training tokens whose frequencies are counted: enough to know them, at no cost for a large text."""
+"""Number of training tokens that the unigram baseline counts: enough for stable frequencies, and fast."""
 KEPT = ("agreement", "static_agreement", "regret", "target_entropy", "response", "changed")
 """What a learning curve keeps of the router beside competition."""
 logger = logging.getLogger(__name__)
@@ -110,9 +110,9 @@ class HeldOutCurve:
         return logged
 
     def choices_before(self, step: int, chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what this rank's routers chose at the point before `step`; nothing, with a warning, if it is lost.
+        """Return this rank's choices at the point before `step`; nothing, with a warning, if they are lost.
 
-        After a resume on another number of ranks it is: each rank then chooses for other rows.
+        They are lost after a resume on another number of ranks, because each rank then has other rows.
         """
         point = (step - 1) // self.every * self.every
         if point == 0 or not chosen:
@@ -146,7 +146,7 @@ def changed(before: Tensor, after: Tensor) -> float:
 
 
 def with_chance(found: HeldOut, recipe: Recipe, data: PreparedData) -> HeldOut:
-    """Return the held-out losses beside those of a blind guess and of the training text's token frequencies."""
+    """Return the held-out losses with two baselines: uniform, and the unigram model of the training text."""
     vocabulary = recipe.model.vocab_size
     unigram = unigram_loss(data.train.tokens[:UNIGRAM_TOKENS], data.held_out.tokens[1:], vocabulary)
     return replace(found, uniform=math.log(vocabulary), unigram=unigram)
@@ -155,6 +155,6 @@ def with_chance(found: HeldOut, recipe: Recipe, data: PreparedData) -> HeldOut:
 def unigram_loss(
     train: Integer[np.ndarray, " train"], predicted: Integer[np.ndarray, " held_out"], vocabulary: int
 ) -> float:
-    """Return the loss on `predicted` of the frequencies in `train`, every token of the vocabulary counted once more."""
+    """Return the loss on `predicted` of the unigram model of `train` with add-one smoothing."""
     counts = np.bincount(train, minlength=vocabulary) + 1.0
     return float(np.mean(np.log(counts.sum()) - np.log(counts[predicted])))

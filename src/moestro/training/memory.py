@@ -1,4 +1,4 @@
-"""How much memory training takes at its peak, where the system tells."""
+"""Measure the peak memory of training, if the system reports it."""
 
 import resource
 import sys
@@ -10,15 +10,15 @@ STATUS, FORGET, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"),
 
 
 def forget_peak() -> bool:
-    """Measure the peak from here on; False where the system cannot forget an earlier one.
+    """Reset the peak; return False if the system cannot reset it.
 
-    Linux forgets through /proc, which containers may protect against writing.
+    Linux resets it through /proc, which containers may mount read-only.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
     if sys.platform != "linux":
-        return True  # what came before training counts too there
+        return True  # not resettable: the peak includes the time before training
     try:
         FORGET.write_text("5")
     except OSError:
@@ -27,7 +27,7 @@ def forget_peak() -> bool:
 
 
 def peak_memory_bytes() -> int | None:
-    """Peak memory of the device with CUDA, else of this process's resident set; None where the system hides it."""
+    """Return the peak memory of the CUDA device, else of this process's resident set; None if the system hides it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform != "linux":

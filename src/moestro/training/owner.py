@@ -1,4 +1,4 @@
-"""One owner of a folder of results: a second process that names it is refused before it writes anything."""
+"""Lock a folder of results: a second process is refused before it writes anything."""
 
 import errno
 import fcntl
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Make `folder` and hold it until the context ends; the first rank does it for all.
+    """Create `folder` and lock it until the context ends; the first rank does so for all ranks.
 
-    The lock is the operating system's (flock), which ends with the process, however that ends. On a network file
-    system it holds between machines only if that system carries flock (NFS since Linux 2.6.12, Lustre mounted with
+    The lock is an flock of the operating system, which ends with the process, even if that is killed. On a network file
+    system it works between machines only if that system supports flock (NFS since Linux 2.6.12, Lustre mounted with
     `flock`).
 
     Raises:
         Misuse: the folder cannot be made or written to, another process holds it, or a rank does not see it.
-        OSError: raised within the context; it then names a file, or else the folder.
+        OSError: raised within the context; it gets the folder as its file name if it has none.
     """
     with ExitStack() as stack:
         token = on_first_rank(lambda: hold(folder, stack))
@@ -39,7 +39,7 @@ def owned(folder: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            if error.errno is not None and error.filename is None:  # a full disk does not say where it is full
+            if error.errno is not None and error.filename is None:  # errors of a full disk name no file
                 error.filename = str(folder)
             raise
 
@@ -59,7 +59,7 @@ def hold(folder: Path, stack: ExitStack) -> str:
             f"{folder} is in use by another process ({holder}): wait until it ends, or name another folder with --out"
         ) from None
     except OSError as error:
-        logger.warning("%s has no locks (%s): start no second process on it", folder, error.strerror)
+        logger.warning("%s does not support locks (%s): do not start a second process on it", folder, error.strerror)
     token = f"process {os.getpid()} on {platform.node()} {uuid.uuid4()}"
     file.truncate(0)
     file.write(token)
@@ -68,10 +68,10 @@ def hold(folder: Path, stack: ExitStack) -> str:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise Misuse unless `folder` is one that this process may write to, or can be made. Writes nothing."""
+    """Raise Misuse unless this process can write to `folder` or create it. Write nothing."""
     try:
         if folder.is_symlink() and not folder.exists():
-            folder.stat()  # says why the link leads nowhere
+            folder.stat()  # raises the reason why the link is broken
         above = next(path for path in (folder, *folder.parents) if path.exists())
         if not above.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(above))
@@ -82,7 +82,7 @@ def check_writable(folder: Path) -> None:
 
 
 def unusable(folder: Path, error: OSError) -> str:
-    """Say why a folder cannot hold results."""
+    """Return the message for a folder that cannot hold results."""
     return f"--out must be a folder that can be written to: {error.strerror}: {error.filename or folder}"
 
 

@@ -19,7 +19,7 @@ class MetricsFile(TrainerCallback):
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Append a training log, without values that are not finite."""
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         finite = {k: v for k, v in logs.items() if not isinstance(v, float) or math.isfinite(v)}
@@ -44,16 +44,16 @@ class ProgressBar(TrainerCallback):
         self.said = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Show the bar at the current step."""
         self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
         self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Advance the bar."""
         self.bar.update(self.task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Show the latest figures; without a terminal, print a line at each quarter of the run."""
         if not logs or "loss" not in logs:
             return
         text = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
@@ -65,5 +65,5 @@ class ProgressBar(TrainerCallback):
             self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps}  {text}", markup=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Remove the bar."""
         self.bar.stop()

@@ -1,4 +1,4 @@
-"""What the ranks of one run do together: one of them decides and writes, and an error of one is an error of all."""
+"""Coordinate the ranks of one run: the first rank decides and writes, and all ranks raise an error of any rank."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ from moestro.errors import Misuse, TrainingFailed
 Result = TypeVar("Result")
 
 _PATIENCE = datetime.timedelta(days=7)  # the first rank may prepare a large text; if it dies, the launcher ends all
-_waiting: list[dist.ProcessGroup] = []  # the group that carries objects, made once
+_waiting: list[dist.ProcessGroup] = []  # the gloo group for Python objects, created once
 
 
 def join() -> None:
@@ -31,7 +31,7 @@ def join() -> None:
 
 
 def together(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank and return this rank's result; the first rank's error among several is raised by all."""
+    """Run `work` on every rank and return this rank's result. If ranks fail, all raise the lowest rank's error."""
     if not _waiting:
         return work()
     result, error = None, None
@@ -58,7 +58,7 @@ def on_first_rank(work: Callable[[], Result]) -> Result:
 
 
 def first_rank_first(work: Callable[[], Result]) -> Result:
-    """Run `work` on the first rank, then on the others, which find what it left in a cache."""
+    """Run `work` on the first rank, then on the others, which can use its cached results."""
     result = together(lambda: work() if rank() == 0 else None)
     rest = together(lambda: work() if rank() > 0 else None)
     return result if rank() == 0 else rest  # type: ignore[return-value]
@@ -85,23 +85,23 @@ def any_rank(value: bool) -> bool:
 
 
 def wait_for_all() -> None:
-    """Return on each rank once every rank has come here."""
+    """Wait until every rank has called this function."""
     if _waiting:
         dist.barrier(group=_waiting[0])
 
 
 def shared(error: Exception, place: int = 0) -> Exception:
-    """Mark an error that all ranks raise together, and that rank `place` reports."""
+    """Mark an error as raised by all ranks and reported by rank `place`."""
     if _waiting:
         vars(error)["rank"] = place
     return error
 
 
 def is_shared(error: BaseException) -> bool:
-    """True for an error that all ranks raise together."""
+    """Return whether all ranks raise this error."""
     return "rank" in vars(error)
 
 
 def speaks(error: BaseException) -> bool:
-    """True on the rank that reports `error`: the one that raised it, where all ranks raise it."""
+    """Return whether this rank reports `error`: its first raiser if all ranks raise it, else every rank."""
     return vars(error).get("rank", rank()) == rank()

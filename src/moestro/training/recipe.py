@@ -63,7 +63,7 @@ class Model:
         return sum(isinstance(spec, MoE) for spec in self.block) * self.num_moe_blocks
 
     def validate(self, sequence_length: int) -> None:
-        """Raise Misuse unless it can be built somewhere."""
+        """Raise Misuse unless the model is valid and has at most `MOST_PARAMETERS` parameters."""
         if self.every > self.num_layers:
             raise Misuse(f"every must be at most num_layers ({self.num_layers}), got {self.every}")
         if (total := count_parameters(self.config(sequence_length)).total) > MOST_PARAMETERS:
@@ -159,7 +159,7 @@ class Training:
     beta1: Decay = 0.9
     beta2: Decay = 0.95
     max_grad_norm: Weight = 1.0
-    """Longest gradient; a longer one is shortened to it. 0: never."""
+    """Largest gradient norm; longer gradients are clipped to it. 0: no clipping."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 (autocast over fp32 weights) where this machine gains from it by a measurement at start."""
     compile: bool = False
@@ -213,7 +213,7 @@ class Recipe:
         return AuxLosses(**asdict(self.losses), compete=rule)
 
     def _refuse_uneven_ranks(self, ranks: int) -> None:
-        """Raise Misuse unless the rows of a batch divide evenly among the ranks, so that none is left out."""
+        """Raise Misuse unless the rows of a batch divide evenly among the ranks."""
         t = self.training
         if t.micro_batch_tokens is None and t.batch_tokens % (t.sequence_length * ranks):
             raise Misuse(
@@ -227,7 +227,7 @@ class Recipe:
             )
 
     def validate(self) -> "Recipe":
-        """Raise Misuse unless it can run, on as many ranks as a launcher started."""
+        """Raise Misuse unless the recipe can run on the ranks that the launcher started (WORLD_SIZE)."""
         t = self.training
         for name in ("batch_tokens", "micro_batch_tokens"):
             if (value := getattr(t, name)) is not None and (value < t.sequence_length or value % t.sequence_length):

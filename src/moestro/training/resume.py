@@ -1,4 +1,4 @@
-"""Where a run goes on: from its newest complete checkpoint, with the metrics up to there and no others."""
+"""Resume a run from its newest complete checkpoint, with the metrics up to that step."""
 
 import json
 import math
@@ -16,16 +16,17 @@ from moestro.training.runs import METRICS
 
 
 def resume_point(folder: Path, steps: int, console: Console) -> Path | None:
-    """Return the checkpoint from which a run of `steps` steps goes on; None where it starts.
+    """Return the checkpoint from which a run of `steps` steps resumes; None if it starts from scratch.
 
-    Unfinished checkpoints go, lest they push a complete one out of those that are kept, and so do metrics from after
-    the checkpoint, which the run writes again. The console tells both, and whether earlier metrics are lost.
+    Unfinished checkpoints are removed, because they would displace complete ones from the number that is kept. Metrics
+    after the checkpoint are removed, because the run writes them again. The console reports removed checkpoints, and
+    missing metrics before the checkpoint.
 
     Raises:
-        Misuse: a complete checkpoint is corrupt, or from after the run's last step.
+        Misuse: a complete checkpoint is corrupt, or a checkpoint is beyond the run's last step.
     """
     if beyond := [path for path in checkpoints(folder) if step_of(path) > steps]:
-        raise Misuse(f"checkpoints of a run of {steps} steps must not be from after them, got {beyond[-1]}: remove it")
+        raise Misuse(f"a run of {steps} steps must have no checkpoint beyond step {steps}, got {beyond[-1]}: remove it")
     checkpoint, unfinished = last_complete(folder)
     for path in unfinished:
         console.print(f"skipping {path}: it was never finished", markup=False)
@@ -45,7 +46,7 @@ def resume_point(folder: Path, steps: int, console: Console) -> Path | None:
 
 
 def keep_metrics_until(path: Path, step: int) -> set[int]:
-    """Drop the lines after `step`, and those that cannot be read; return the steps that are left."""
+    """Remove lines after `step` and unreadable lines; return the remaining steps."""
     if not path.exists():
         return set()
     lines = [line for line in readable_metrics(path) if line["step"] <= step]
@@ -54,7 +55,7 @@ def keep_metrics_until(path: Path, step: int) -> set[int]:
 
 
 def readable_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines that a run wrote, without those that a crash or a full disk cut short, each step once."""
+    """Return the valid lines of a metrics file, one per step; skip lines that a crash or full disk truncated."""
     found = {}
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
@@ -68,5 +69,5 @@ def readable_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics file; none where there is no file."""
+    """Return the valid lines of a metrics file; none if there is no file."""
     return readable_metrics(path) if path.exists() else []

@@ -26,7 +26,7 @@ SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 CHOICES = "choices"
 LEFT_BY_A_START = {LOCK, f"{RUN}.part", ENVIRONMENT, f"{ENVIRONMENT}.part"}
-"""Files that a process leaves which is killed before the run has an identity."""
+"""Files that a process may leave if it is killed before it writes the run's identity."""
 DTYPES = ("auto", "float32", "bfloat16")
 
 
@@ -38,7 +38,7 @@ def describe_run(recipe: Recipe, data: PreparedData, seed: int) -> dict[str, Any
 def check_folder(folder: Path) -> None:
     """Raise Misuse unless a run can live in `folder`: it is empty or absent, or holds a run or the start of one.
 
-    Writes nothing, so that a mistake is said before any work.
+    Write nothing, so that a mistake is reported before any work.
     """
     if not os.path.exists(folder / SUMMARY):  # a finished run is only read
         check_writable(folder)
@@ -48,7 +48,7 @@ def check_folder(folder: Path) -> None:
 
 
 def open_run(folder: Path, description: dict[str, Any]) -> None:
-    """Write the identity of a new run, or check that the folder holds this very run. Raises Misuse if it is another."""
+    """Write the identity of a new run, or raise Misuse if the folder holds another run."""
     check_folder(folder)
     if (folder / RUN).exists():
         check_identity(folder, description)
@@ -60,7 +60,7 @@ def open_run(folder: Path, description: dict[str, Any]) -> None:
 
 
 def check_identity(folder: Path, description: dict[str, Any]) -> None:
-    """Raise Misuse unless the run in the folder is the one that `description` identifies."""
+    """Raise Misuse unless the folder holds the run that `description` identifies."""
     there, here = read_description(folder / RUN), json.loads(json.dumps(description))
     if difference := first_difference(identity(there), identity(here)):
         field, old, new = difference
@@ -71,7 +71,7 @@ def check_identity(folder: Path, description: dict[str, Any]) -> None:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Read what identifies a run. Raises Misuse if the file does not hold that."""
+    """Read a run's description. Raise Misuse if the file is damaged."""
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         whole = isinstance(description["recipe"], dict) and description["recipe"]["training"]["dtype"] in DTYPES

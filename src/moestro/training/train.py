@@ -83,10 +83,10 @@ def resolve_dtype(recipe: Recipe, console: Console, device: torch.device) -> Rec
 def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, console: Console, options: Options) -> Run:
     """Train, evaluate and write the run's folder; a finished run is only read, an unfinished one resumed.
 
-    Of several ranks the first one decides and writes; all return the same run.
+    With several ranks the first one decides and writes; all return the same run.
 
     Raises:
-        Misuse: the folder is no run's, holds another run or a corrupt checkpoint, or is in use by another process.
+        Misuse: the folder holds other files, another run or a corrupt checkpoint, or is in use by another process.
         Diverged: a loss or a parameter is not finite.
         Interrupted: after Ctrl-C.
         OSError: a file cannot be written.
@@ -106,7 +106,7 @@ def train(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, consol
 
 
 def finished_run(folder: Path, description: dict[str, Any], console: Console) -> Run | None:
-    """Read the run if the folder holds this very one, finished. It needs no lock: nothing is written."""
+    """Return the run if the folder holds it finished, else None. No lock is needed, because nothing is written."""
     if (folder / RUN).exists() and (folder / SUMMARY).exists():
         check_identity(folder, description)
         return read_finished(folder, console)
@@ -114,7 +114,7 @@ def finished_run(folder: Path, description: dict[str, Any], console: Console) ->
 
 
 def train_on(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, console: Console, options: Options) -> Run:
-    """Train from where the folder's run stopped, and finish it."""
+    """Resume the run in the folder, or start it, and finish it."""
     steps = recipe.training.steps
     model = build_model(recipe, data, seed)
     trainer, interruption = build_trainer(model, recipe, data, folder, seed=seed, console=console, options=options)
@@ -122,7 +122,7 @@ def train_on(recipe: Recipe, data: PreparedData, folder: Path, *, seed: int, con
     resume = on_first_rank(lambda: resume_point(folder, steps, console))
     start, peak_is_known = time.perf_counter(), forget_peak()
     if resume is not None and step_of(resume) == steps:
-        trainer.restore(resume)  # the Trainer would train a step more
+        trainer.restore(resume)  # the Trainer would train one step too many
     else:
         with ExitStack() as stack:
             if trainer.meter is not None:  # a dense model has neither
@@ -148,7 +148,7 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
     model = MoestroForCausalLM(recipe.model.config(recipe.training.sequence_length, end_of_text))
     initialise(model, seed)
     model.chunked_loss = True
-    if recipe.training.dtype == "bfloat16":  # transformers' own would run experts in fp32
+    if recipe.training.dtype == "bfloat16":  # transformers' default backend would run experts in fp32
         model.set_experts_implementation(AUTOCAST_MM if torch.cuda.is_available() else PADDED_MM)
     if recipe.training.compile:
         # Layers differ in who listens to them, so each has graphs of its own: for the first micro-batch of a step and
@@ -160,7 +160,7 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
 
 
 def say_experts_dtype(model: MoestroForCausalLM, recipe: Recipe, console: Console) -> None:
-    """Print the dtype in which the experts really multiply: a backend may decide it against autocast."""
+    """Print the dtype of the experts' matrix products, which a backend may choose regardless of autocast."""
     if not model.config.has_experts:
         return
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.training.dtype == "bfloat16"):
@@ -250,7 +250,7 @@ def finish(
     seconds: float,
     memory: int | None,
 ) -> Run:
-    """Evaluate on all ranks, and write model, held-out losses and, last, the summary on the first."""
+    """Evaluate on all ranks; write the model, held-out losses and, last, the summary on the first rank."""
     evaluation = held_out_evaluation(model, recipe, data)
 
     def write() -> Run:

@@ -77,7 +77,7 @@ class PretrainingTrainer(Trainer):
             raise self._diverged(model, inputs, loss.item(), "the loss itself")
 
     def _diverged(self, model: nn.Module, inputs: Any, loss: float, otherwise: str) -> Diverged:
-        # Not through the wrapper of data parallelism, whose passes all ranks must share.
+        # Unwrapped: all ranks would have to join a pass through the data-parallel wrapper.
         layer = first_non_finite(self.accelerator.unwrap_model(model), self._prepare_inputs(inputs)) or otherwise
         good, _ = last_complete(Path(self.args.output_dir))  # type: ignore[arg-type]
         where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
@@ -98,12 +98,12 @@ class PretrainingTrainer(Trainer):
             dist.all_reduce(total, op=dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
             total = total if dist.get_backend() == "nccl" else total / dist.get_world_size()
         steps = self.state.global_step - self._logged_steps
-        logs.pop(TASK, None)  # it is `loss` here, of dense models too
+        logs.pop(TASK, None)  # the same as `loss` below
         added = {"objective": logs["loss"], "loss": float(total) / steps, "tokens": self.tokens_seen}
         added["tokens_per_second"] = self.tokens_per_second()
         if self.meter is not None:
             figures = self.meter.figures()
-            # Of all batches together: that of each batch grows as micro-batches, or the rows of a rank, become fewer.
+            # Over all batches together: the figure per batch grows as micro-batches, or the rows of a rank, shrink.
             added["max_vio"] = max((f.max_vio_data for f in figures.values()), default=0.0)
             added["dead_experts"] = sum(f.dead_experts for f in figures.values())
             added |= {f"competing/{layer}": f.competing for layer, f in figures.items() if f.competing}
@@ -116,7 +116,7 @@ class PretrainingTrainer(Trainer):
 
     @property
     def tokens_seen(self) -> int:
-        """Training tokens so far, as they were counted: the last batch of a pass over the text may be smaller."""
+        """Training tokens seen so far. They are counted, because the last batch of an epoch may be smaller."""
         return self.state.num_input_tokens_seen
 
     def tokens_per_second(self) -> float:
@@ -141,7 +141,7 @@ class PretrainingTrainer(Trainer):
         self._logged_steps = int(Path(resume_from_checkpoint).name.rpartition("-")[2])
 
     def restore(self, checkpoint: Path) -> None:
-        """Take over the weights and the state of a checkpoint after which nothing is left to train."""
+        """Load the weights and trainer state of a checkpoint of the last step."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
@@ -154,11 +154,11 @@ class StepClock(TrainerCallback):
         self.start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Start the clock."""
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """An event of the Trainer."""
+        """Stop the clock, and request a log after the last step."""
         self.seconds.append(time.perf_counter() - self.start)
         control.should_log |= state.global_step == state.max_steps
 
@@ -185,7 +185,7 @@ class Interruption(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop all ranks after the same step, whichever was asked to."""
+        """Stop all ranks after the same step if any rank was asked to stop."""
         self.requested = any_rank(self.requested)
         if self.requested and state.global_step < state.max_steps:
             control.should_log = control.should_save = control.should_training_stop = True

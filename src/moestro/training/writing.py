@@ -1,4 +1,4 @@
-"""Writing weights: what the libraries raise on a full disk, as the error that the system gave."""
+"""Turn errors of safetensors and torch.save on a full disk into the system's OSError."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 def failures_as_os_errors(folder: Path) -> Iterator[None]:
     """Raise OSError with `folder` where safetensors or torch.save cannot write within the context.
 
-    Both have error types of their own and hide the system's number in the text, or leave it out.
+    Both raise error types of their own, with the system's error number in the text or not at all.
     """
     try:
         yield
@@ -29,7 +29,7 @@ def failures_as_os_errors(folder: Path) -> Iterator[None]:
 
 
 def as_os_error(text: str, folder: Path) -> OSError:
-    """The system's error that `text` tells of; an error of input or output where it tells of none."""
+    """Return the OSError with the error number in `text`; EIO if there is none."""
     number = re.search(r"os error (\d+)", text)
     code = int(number.group(1)) if number else errno.EIO
     return OSError(code, os.strerror(code), str(folder))
