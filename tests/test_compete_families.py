@@ -123,7 +123,7 @@ def test_what_cannot_work_is_said_before_the_first_step():
         pass
     del layer.experts.forward
     freeze(model, "router")
-    with pytest.raises(Misuse, match="distillation moves routers"), AuxLosses(**COMPETE).attach(model):
+    with pytest.raises(Misuse, match="distillation trains routers"), AuxLosses(**COMPETE).attach(model):
         pass
     hashed = tiny_models.build("deepseek_v4").model.train()
     rule = Compete(weights="router")

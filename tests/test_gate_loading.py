@@ -212,7 +212,7 @@ def test_an_adapters_pickle_is_never_read(folder: Path):
     adapter.mkdir()
     (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Touch(trace(folder))))
     edit(adapter, "adapter_config.json", peft_type="LORA", base_model_name_or_path=str(folder), r=2)
-    with pytest.raises(Misuse, match="pickled ones are never read"):
+    with pytest.raises(Misuse, match="pickled weights are never read"):
         load_adapter(tiny("mixtral"), str(adapter), "the adapter")
     assert not trace(folder).exists()
 
