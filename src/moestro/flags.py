@@ -36,8 +36,7 @@ class DataFlags:
     max_bytes: Bytes | None = None
     """Largest number of training bytes of each domain. Default: no limit; 4 MiB for the default corpus."""
     max_held_out_bytes: Bytes | None = None
-    """Largest number of held-out bytes of each domain, of the 5 % that is held out. Default: 256 KiB; 48 KiB for the
-    default corpus."""
+    """Largest number of held-out bytes of each domain (of its 5 %). Default: 256 KiB; 48 KiB for the default corpus."""
 
     def __post_init__(self) -> None:
         check_fields(self)
