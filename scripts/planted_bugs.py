@@ -212,8 +212,8 @@ BUGS = [
     Bug(
         "a corrupt checkpoint is trusted",
         "training/checkpoints.py",
-        "        if digest(path) != expected:",
-        "        if False:",
+        "require(digest(path) == expected,",
+        "require(True,",
         "test_runs.py::test_corrupt_checkpoint_is_an_error",
     ),
     Bug(
@@ -443,12 +443,12 @@ BUGS = [
     Bug("the screening seed in the interval", "sweep.py", "if self.seed in seeds:", "if False:", "test_sweep"),
     Bug(
         "a failed screening run tried again",
-        "sweep.py",
-        "note.read_text() if note.exists() else None",
+        "training/failures.py",
+        "read_record(FailedRun, note) if note.exists() else None",
         "None",
         "test_sweep",
     ),
-    Bug("one recipe's rate for all", "sweep.py", "chosen.chosen[r.name]", "min(chosen.chosen.values())", "test_sweep"),
+    Bug("one recipe's rate for all", "sweep.py", "rates[r.name]", "min(rates.values())", "test_sweep"),
     Bug(
         "dtype decided anew for what is added",
         "compare.py",

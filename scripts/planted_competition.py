@@ -223,8 +223,8 @@ BUGS = [
     Bug(
         "competition: choices before a resume forgotten",
         "training/held_out.py",
-        "        if not earlier:\n",
-        '        if not earlier or not hasattr(self, "_seen") and not setattr(self, "_seen", True):\n',
+        "        if point == 0 or not chosen:",
+        '        if point == 0 or not chosen or not hasattr(self, "_seen") and not setattr(self, "_seen", True):',
         "test_runs",
     ),
     Bug(

@@ -18,7 +18,7 @@ from inspection_fixture import edit_config, save, tiny
 from moestro.data.sources import read_source
 from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import Misuse
-from moestro.gate.loading import load_adapter, load_config, load_model, load_saved_rows
+from moestro.gate.loading import load_adapter, load_config, load_model
 from moestro.inspection import describe, find
 from moestro.inspection.checkpoints import load, model_class
 from moestro.training.runs import check_folder
@@ -235,18 +235,6 @@ def test_a_data_sets_script_is_never_run(tmp_path: Path, monkeypatch):
     with pytest.raises(Misuse, match="cannot be loaded as a data set"):
         list(read_source(f"hf:{folder}"))
     assert not trace(folder).exists()
-
-
-def test_saved_rows_are_read_from_their_own_folder_alone(tmp_path: Path):
-    import datasets
-
-    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "saved")
-    assert load_saved_rows(str(tmp_path / "saved"), "saved")["text"][:] == ["a", "b"]
-    arrow = next((tmp_path / "saved").glob("*.arrow"))
-    arrow.rename(tmp_path / "outside.arrow")
-    edit(tmp_path / "saved", "state.json", _data_files=[{"filename": "../outside.arrow"}])
-    with pytest.raises(Misuse, match="must name files of its own folder"):
-        load_saved_rows(str(tmp_path / "saved"), "saved")
 
 
 def test_links_out_of_a_folder_are_followed_as_the_hubs_cache_needs_it(folder: Path):

@@ -325,7 +325,7 @@ def test_a_damaged_checkpoint_is_one_line(damage, message, checkpoints, data, tm
 BAD = [
     (["llama"], "LlamaForCausalLM has no experts"),
     (["mixtral", "mixtral", "mixtral"], "name one checkpoint, or two to set side by side, got 3"),
-    (["/nowhere/at/all"], "/nowhere/at/all does not exist"),
+    (["./nowhere/at/all"], "nowhere/at/all does not exist"),
     (["mixtral", "--data", "nowhere.txt"], "nowhere.txt does not exist"),
     (["mixtral", "DATA", "--sequence-length", "65"], "sequence_length must be at most 64"),
     (["mixtral", "DATA", "--sequence-length", "1"], "sequence_length must be at least 2, got 1"),

@@ -106,7 +106,7 @@ def expand(pattern: str) -> Iterator[str]:
     rest = parts[place + 1 :]
     seen: set[str] = set()
     for base in glob(str(Path(*parts[:place]))) if place else ["."]:
-        for parent, files in _folders(Path(base), seen):
+        for parent, files in folders_of(Path(base), seen):
             if rest:
                 yield from expand(str(Path(escape(str(parent)), *rest)))
             else:
@@ -125,8 +125,8 @@ def _matches(matches: list[Path], place: str, label: str | None, left_out: LeftO
             yield from _walk(match, label, left_out, seen)
 
 
-def _folders(folder: Path, seen: set[str]) -> Iterator[tuple[Path, list[str]]]:
-    """Yield every folder at or below `folder`, through links, with its file names; each real folder once."""
+def folders_of(folder: Path, seen: set[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Yield each real folder at or below `folder`, through links, with its file names; hidden folders are left out."""
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_unlisted):
         real = os.path.realpath(parent)
         if real in seen:
@@ -139,7 +139,7 @@ def _folders(folder: Path, seen: set[str]) -> Iterator[tuple[Path, list[str]]]:
 
 def _walk(folder: Path, label: str | None, left_out: LeftOut, seen: set[str]) -> Iterator[Found]:
     domain = label or folder.resolve().name or "root"
-    for parent, files in _folders(folder, seen):
+    for parent, files in folders_of(folder, seen):
         saved = _saved_shards(parent)
         for name in files:
             path = parent / name

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from moestro.data import standard_library
-from moestro.data.folders import expand
+from moestro.data.folders import expand, folders_of
 from moestro.data.sources import parse_source
 from moestro.gate.paths import user_path
 
@@ -14,8 +14,8 @@ from moestro.gate.paths import user_path
 def inventory(sources: Sequence[str], *options: object) -> str | None:
     """Return a hash of the files that `sources` name and of `options`; None if a source is not made of files.
 
-    Every file below a folder counts, even those that are never read: a needless change costs one reading, a missed one
-    would train on old text. Writing a file changes its time of change, even if its size stays the same.
+    Files of unreadable formats count too: a needless change costs one reading, a missed one would train on old text.
+    Writing a file changes its time of change, even if its size stays the same.
     """
     places = [parse_source(spec).place for spec in sources]
     if any(place.startswith("hf:") for place in places):
@@ -40,13 +40,6 @@ def _files(place: str) -> Iterator[Path]:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder in sorted order; linked folders are followed, each real folder once."""
-    seen: set[tuple[int, int]] = set()
-    for parent, folders, names in os.walk(folder.absolute(), followlinks=True):
-        status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders.sort()
-        yield from (path for name in sorted(names) if (path := Path(parent, name)).exists())
+    """Yield the files below a folder in sorted order, except those of hidden folders, which are never read."""
+    for parent, names in folders_of(folder.absolute(), set()):
+        yield from (path for name in names if (path := parent / name).exists())

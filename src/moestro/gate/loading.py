@@ -112,18 +112,6 @@ def load_rows(name: str, config: str | None, split: str, problem: str) -> Any:
         return datasets.load_dataset(name, config, split=split)
 
 
-def load_saved_rows(folder: str, problem: str) -> Any:
-    """Load a data set that `datasets.save_to_disk` wrote."""
-    import datasets
-
-    with one_misuse(problem):
-        for state in Path(folder).rglob("state.json"):
-            check_folder(state.parent)
-            for file in read_object(state).get("_data_files") or ():
-                check_inside(state, file["filename"])
-        return datasets.load_from_disk(folder)
-
-
 def check_folder(folder: Path) -> None:
     """Raise Misuse if a folder holds pipes, devices or oversized configs. A hub name passes."""
     for path, status in contents(folder):

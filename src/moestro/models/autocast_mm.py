@@ -1,7 +1,7 @@
 """`autocast_mm`: transformers' `grouped_mm` experts, in the dtype of autocast.
 
 transformers' `grouped_mm` computes in the dtype of the *weights*: under bf16 autocast with fp32 weights, experts run in
-fp32, nominally a fifteenth of the bf16 speed on an H100. This backend casts weights and tokens, as autocast does for
+fp32. This backend casts weights and tokens, as autocast does for
 any linear layer.
 """
 

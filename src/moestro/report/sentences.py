@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from moestro.comparison import LEAST_LEARNT, Comparison, RecipeResult, Run, Sweep
+from moestro.data.overlap import SPAN
 from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
 from moestro.statistics import MIN_SEEDS, Difference, Verdict
 
@@ -46,8 +47,10 @@ def _answer(first: RecipeResult, others: list[RecipeResult], decimals: int) -> s
         return f"Nothing beats {first.name}; {_listed(worse)} {_is(worse)} worse"
     equivalent = _with_verdict(others, "equivalent")
     if equivalent and (found := equivalent[0].difference):
-        names = _listed([result.name for result in equivalent])
-        return f"{names} and {first.name} are equivalent: they differ by less than {found.margin:g} nats per token"
+        names = [result.name for result in equivalent]
+        differs = "it differs" if len(names) == 1 else "each differs"
+        said = f"{_listed(names)} {_is(names)} equivalent to {first.name}"
+        return f"{said}: {differs} from it by less than {found.margin:g} nats per token"
     return f"No difference from {first.name} stands out of the noise of {seeds} seeds"
 
 
@@ -126,7 +129,7 @@ def held_out(comparison: Comparison) -> str:
 
 def overlap(share: float) -> str:
     """Say how much of the held-out text also occurs in training text."""
-    return f"{100 * share:.2f} % of it also occurs in training text, in spans of 200 characters or more."
+    return f"{100 * share:.2f} % of it also occurs in training text, in spans of {SPAN} characters or more."
 
 
 def sweep(comparison: Comparison) -> str:
