@@ -10,18 +10,24 @@ survives.
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
+from multiprocessing import get_context
 from pathlib import Path
 
+import pytest
 from planted_bug import Bug
 
 ROOT = Path(__file__).parent.parent
+OUTPUT = "output"
+"""Name of the file that receives what pytest prints."""
+FORKED = get_context("forkserver")
+"""Start processes from one that has imported what every test imports, which takes longer than most tests."""
+FORKED.set_forkserver_preload(["torch", "transformers.trainer", "scipy.stats", "datasets", "pytest", "hypothesis"])
 
 
 BUGS = [
@@ -607,13 +613,27 @@ def plant(bug: Bug) -> tuple[bool, str]:
         path.write_text(text.replace(bug.right, bug.wrong))
         module, _, rest = bug.tests.partition("::")
         target = f"tests/{module.removesuffix('.py')}.py" + (f"::{rest}" if rest else "")
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", target]
-        environment = os.environ | {"PYTHONPATH": str(Path(place) / "src"), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-        failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
-        if done.returncode == 1 and failed:
+        run = FORKED.Process(target=run_tests, args=(Path(place), target))
+        run.start()
+        run.join()
+        said = (Path(place) / OUTPUT).read_text().splitlines() or ["no output"]
+        failed = [line for line in said if line.startswith("FAILED")]
+        if run.exitcode == 1 and failed:
             return True, failed[0].removeprefix("FAILED ").partition(" - ")[0]
-        return False, f"pytest ended with {done.returncode}: {(done.stdout.splitlines() or [done.stderr])[-1]}"
+        return False, f"pytest ended with {run.exitcode}: {said[-1]}"
+
+
+def run_tests(place: Path, target: str) -> None:
+    """Run one test file against the copy of the package in `place`, in a process of its own; exit as pytest does."""
+    os.chdir(place)
+    os.environ |= {"PYTHONPATH": str(place / "src"), "OMP_NUM_THREADS": "1"}
+    sys.path.insert(0, str(place / "src"))
+    with open(OUTPUT, "w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", target])
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def main() -> int:
