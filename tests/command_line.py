@@ -46,9 +46,11 @@ def sources(folder: Path) -> list[str]:
 
 
 def moestro(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """`moestro ARGUMENTS` in this process; its exit code."""
+    """`moestro ARGUMENTS` in this process (runs of a comparison too, unless --jobs says otherwise); its exit code."""
     from moestro.cli import main
 
+    if arguments[:1] == ("compare",) and "--jobs" not in arguments and "--help" not in arguments:
+        arguments = (*arguments, "--jobs", "1")
     monkeypatch.setattr(sys, "argv", ["moestro", *arguments])
     try:
         main()

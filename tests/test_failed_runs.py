@@ -9,7 +9,7 @@ import pytest
 
 from command_line import SMALL, moestro, sources, write_corpus
 from comparison_fixture import make_comparison
-from moestro import compare as comparing
+from moestro import attempts
 from moestro.comparison import Comparison, Run
 from moestro.errors import Diverged, TrainingFailed
 from moestro.records import read_record
@@ -56,7 +56,7 @@ def instead_of_training(monkeypatch, fails: Callable[[Recipe, int], Exception | 
             finished, curve=(), held_out=replace(finished.held_out, loss=4 + seed / 7 + len(recipe.name) / 99)
         )
 
-    monkeypatch.setattr(comparing, "train", train)
+    monkeypatch.setattr(attempts, "train", train)
     return begun
 
 
@@ -150,19 +150,24 @@ def test_what_may_pass_is_tried_again(run, monkeypatch, tmp_path: Path):
     assert found.recipes[1].failed == ()
 
 
-def test_a_full_disk_ends_all_and_names_the_run(run, monkeypatch):
+def test_a_full_disk_fails_one_run_and_the_others_go_on(run, monkeypatch, tmp_path: Path):
     full = OSError(28, "No space left on device", "out/x")
     begun = instead_of_training(monkeypatch, lambda r, s: full if r.name == "smoe" else None)
     code, found, said, errors = run("dense", "smoe", "fine-grained", seeds=1)
-    assert (code, found, begun) == (1, None, [("dense", 0), ("smoe", 0)])
-    assert "smoe seed 0: " in said
-    assert len(errors) == 1
-    assert "No space left on device" in errors[0]
+    assert (code, begun) == (1, [("dense", 0), ("smoe", 0), ("fine-grained", 0)])
+    assert "smoe seed 0: No space left on device: out/x" in said
+    assert errors == ["moestro: 1 of 3 runs failed: smoe (seed 0 failed)"]
+    assert found is not None
+    assert found.recipes[1].failed[0].cause == "machine"
+    assert not list((tmp_path / "out").rglob(FAILED))
+    monkeypatch.setattr(attempts, "train", with_screening_seed(attempts.train))
+    _, _, _, errors = run("dense", "smoe", "fine-grained", "--sweep", "1e-3", seeds=1)
+    assert errors == ["moestro: smoe at learning rate 0.001: No space left on device: out/x"]
 
 
 def test_a_recipe_that_fails_at_every_rate_of_a_sweep(run, monkeypatch):
     instead_of_training(monkeypatch, lambda r, s: Diverged("nan", step=1) if r.name == "smoe" else None)
-    monkeypatch.setattr(comparing, "train", with_screening_seed(comparing.train))
+    monkeypatch.setattr(attempts, "train", with_screening_seed(attempts.train))
     code, found, said, errors = run("dense", "smoe", "fine-grained", "--sweep", "1e-3", "2e-3", seeds=1)
     assert code == 1
     assert errors == ["moestro: 1 of 3 runs failed: smoe (seed 0 failed)"]

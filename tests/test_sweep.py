@@ -1,6 +1,7 @@
 """The learning-rate sweep: one grid for all, the best of each, on a seed that stays out of the comparison."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def finished(loss: float) -> Run:
     return replace(run, held_out=replace(run.held_out, loss=loss))
 
 
+def one_by_one(run: Callable[[Recipe, int], Run]) -> Callable[[Sequence[Recipe], int], list[Run | FailedRun]]:
+    """What trains all runs of a sweep, from what trains one."""
+
+    def make(arm: Recipe, seed: int) -> Run | FailedRun:
+        try:
+            return run(arm, seed)
+        except TrainingFailed as error:
+            return FailedRun(seed=seed, reason=str(error))
+
+    return lambda arms, seed: [make(arm, seed) for arm in arms]
+
+
 def best_near(rates: dict[str, float]):
     """A `run` whose loss grows with the distance from each recipe's own learning rate."""
 
@@ -47,7 +60,7 @@ def test_every_recipe_is_chosen_at_its_own_best():
         asked.append((recipe.name, recipe.training.learning_rate, recipe.training.tokens, seed))
         return best_near({"smoe": 1e-3, "cartesian": 3.9e-3})(recipe, seed)
 
-    found = sweep(RECIPES, replace(GRID, seed=7, tokens=5000), run)
+    found = sweep(RECIPES, replace(GRID, seed=7, tokens=5000), one_by_one(run))
     assert sorted(asked) == sorted((r.name, rate, 5000, 7) for r in RECIPES for rate in GRID.learning_rates)
     assert found.chosen == {"smoe": 1e-3, "cartesian": 4e-3}
     assert found.seed == 7
@@ -66,7 +79,7 @@ def test_a_rate_at_which_training_fails_is_an_answer():
             raise TrainingFailed("the loss is nan at step 3")
         return finished(9.0)
 
-    found = sweep(RECIPES, GRID, run)
+    found = sweep(RECIPES, GRID, one_by_one(run))
     assert found.chosen == {"smoe": 1e-3, "cartesian": 1e-3}
     assert [result.loss for result in found.screened["smoe"]] == [None, 9.0, None]
 
@@ -79,7 +92,7 @@ def test_a_recipe_that_fails_at_every_rate_has_no_best():
             raise Diverged("the loss is nan at step 3", step=3)
         return finished(9.0)
 
-    found = sweep(RECIPES, GRID, run)
+    found = sweep(RECIPES, GRID, one_by_one(run))
     assert found.chosen == {"cartesian": 1e-3}
     assert [result.loss for result in found.screened["smoe"]] == [None, None, None]
 
@@ -89,6 +102,14 @@ def test_an_interruption_is_no_answer():
         raise Interrupted("stopped at step 3")
 
     with pytest.raises(Interrupted):
+        sweep(RECIPES, GRID, one_by_one(run))
+
+
+def test_a_run_that_the_machine_stopped_is_no_answer_either():
+    def run(arms: Sequence[Recipe], seed: int) -> list[FailedRun]:
+        return [FailedRun(seed=seed, reason="no space left", cause="machine") for _ in arms]
+
+    with pytest.raises(TrainingFailed, match=r"smoe at learning rate 0\.004: no space left"):
         sweep(RECIPES, GRID, run)
 
 
@@ -103,7 +124,7 @@ def test_a_divergence_is_noted_and_not_tried_again(tmp_path: Path):
 
 
 def test_seeds_of_the_comparison_are_kept_and_without_any_it_is_the_screening():
-    found = sweep(RECIPES, GRID, best_near({"smoe": 1e-3, "cartesian": 2e-3}))
+    found = sweep(RECIPES, GRID, one_by_one(best_near({"smoe": 1e-3, "cartesian": 2e-3})))
     for seeds, grid, compared, tokens in (
         ((0, 1), replace(GRID, tokens=4096), (0, 1), 250_000),
         ((), replace(GRID, tokens=4096), (1000,), 4096),
@@ -118,7 +139,7 @@ def test_seeds_of_the_comparison_are_kept_and_without_any_it_is_the_screening():
 def test_with_equal_flops_each_recipe_is_screened_on_its_own_tokens():
     chosen = [recipe("smoe"), recipe("fine-grained:top_k=8")]
     the_plan = plan(chosen, seeds=[0], match="flops", allow_unequal=True, grid=GRID)
-    found = sweep(the_plan.recipes, GRID, best_near({r.name: 1e-3 for r in chosen}))
+    found = sweep(the_plan.recipes, GRID, one_by_one(best_near({r.name: 1e-3 for r in chosen})))
     assert found.tokens["smoe"] > found.tokens["fine-grained:top_k=8"]
 
 

@@ -14,14 +14,16 @@ from rich.console import Console
 
 from moestro.adapters.ranks import rank
 from moestro.compare import compare as compare_runs
+from moestro.compare import with_one_dtype
 from moestro.errors import Misuse, TrainingFailed
-from moestro.flags import DataFlags, RecipeFlags, RunFlags, SweepFlags
+from moestro.flags import DataFlags, JobFlags, RecipeFlags, RunFlags, SweepFlags
 from moestro.gate.loading import load_model
 from moestro.gate.parsing import parsed
 from moestro.gate.ranges import Positive, Range, Seed, check, shown
 from moestro.gate.visible import make_visible, one_line
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
+from moestro.jobs import choose
 from moestro.listing import print_costs, print_plan, print_recipes
 from moestro.models import MoestroForCausalLM
 from moestro.models.siblings import export_stock
@@ -31,6 +33,7 @@ from moestro.report.routing_terminal import print_finding, print_study
 from moestro.report.sentences import did_not_learn, failures
 from moestro.report.terminal import print_comparison
 from moestro.routing_study import Running, study_routing
+from moestro.scheduling import commands
 from moestro.statistics import MARGIN
 from moestro.training.checkpoints import verify_if_marked
 from moestro.training.estimate import estimates
@@ -42,7 +45,7 @@ from moestro.training.train import Interrupted, Options
 from moestro.training.train import train as train_run
 
 DEFAULT_RUNNING, DATA_FLAGS, RECIPE_FLAGS = Running(), DataFlags(), RecipeFlags()
-RUN_FLAGS, SWEEP_FLAGS = RunFlags(), SweepFlags()
+RUN_FLAGS, SWEEP_FLAGS, JOB_FLAGS = RunFlags(), SweepFlags(), JobFlags()
 """Defaults of all flags."""
 
 
@@ -96,6 +99,7 @@ def compare(
     sweep_flags: Annotated[SweepFlags, tyro.conf.arg(name="")] = SWEEP_FLAGS,
     recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RECIPE_FLAGS,
     data_flags: Annotated[DataFlags, tyro.conf.arg(name="")] = DATA_FLAGS,
+    job_flags: Annotated[JobFlags, tyro.conf.arg(name="")] = JOB_FLAGS,
     run_flags: Annotated[RunFlags, tyro.conf.arg(name="")] = RUN_FLAGS,
 ) -> None:
     """Train recipes on an equal budget, paired by seed; print the table, write comparison.json and report.html.
@@ -128,13 +132,19 @@ def compare(
         return
     run_flags.check(the_plan.recipes)
     folder = run_flags.out or Path("runs") / f"compare-{slug(recipes)}-{chosen[0].size}"
+    console = Visible(stderr=True)
+    if job_flags.print_commands:
+        decided = with_one_dtype(the_plan, folder, console)
+        for command in commands(decided, folder, recipe_flags, data_flags):
+            print(command)
+        return
+    jobs = choose(job_flags.jobs, job_flags.threads, the_plan.recipes, the_plan.runs)
     join()
     on_first_rank(lambda: check_writable(folder))
     data = first_rank_first(lambda: data_flags.prepare(chosen[0]))
     the_plan = replace(the_plan, recipes=tuple(data_flags.fit(the_plan.recipes, data)))
-    console = Visible(stderr=True)
     options = Options(report_to=run_flags.report_to)
-    comparison = compare_runs(the_plan, data, folder, console=console, options=options)
+    comparison = compare_runs(the_plan, data, folder, console=console, options=options, jobs=jobs)
     if rank() > 0:
         return
     print_comparison(comparison, Console())

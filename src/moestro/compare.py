@@ -11,31 +11,35 @@ import torch
 from rich.console import Console
 
 import moestro
+from moestro.attempts import Attempt
 from moestro.comparison import Budget, Comparison, Data, FailedRun, RecipeResult, Run, Sweep
 from moestro.data.decontamination import overlap_notes
 from moestro.data.preparation import PreparedData
-from moestro.errors import Diverged, TrainingFailed
+from moestro.jobs import Jobs, make_all
 from moestro.models.counting import count_parameters
 from moestro.planning import Plan, recipe_folder, run_folder
 from moestro.records import write_record
 from moestro.report import write_report
-from moestro.report.sentences import did_not_learn
 from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
 from moestro.sweep import Grid, at_rate, sweep, with_chosen
 from moestro.training.environment import environment
-from moestro.training.failures import noted_divergence
 from moestro.training.finish import read_losses
 from moestro.training.owner import owned
 from moestro.training.ranks import join, on_first_rank
 from moestro.training.recipe import Recipe
-from moestro.training.runs import RUN, describe_run, open_run
-from moestro.training.train import Options, only_on_first_rank, recorded_dtype, resolve_dtype, train
+from moestro.training.runs import RUN
+from moestro.training.train import Options, only_on_first_rank, recorded_dtype, resolve_dtype
+
+ONE_JOB = Jobs()
 
 
-def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
+def compare(
+    the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options, jobs: Jobs = ONE_JOB
+) -> Comparison:
     """Train what is not trained yet, and write `comparison.json` and `report.html`.
 
-    A run that fails does not end the comparison: the others go on, and the record says which failed and why.
+    A run that fails does not end the comparison: the others go on, and the record says which failed and why. `jobs` is
+    how many runs train at once; results do not depend on it.
 
     With several ranks the first one decides and writes; all return the same comparison. Raises Misuse if another
     process uses the folder.
@@ -44,22 +48,34 @@ def compare(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
     console = only_on_first_rank(console)
     with owned(folder):
         the_plan = on_first_rank(lambda: with_one_dtype(the_plan, folder, console))
-        return trained(the_plan, data, folder, console=console, options=options)
+        return trained(the_plan, data, folder, partial(make_all, jobs=jobs, options=options), console)
 
 
-def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options) -> Comparison:
+def trained(
+    the_plan: Plan,
+    data: PreparedData,
+    folder: Path,
+    make: Callable[..., list[Run | FailedRun]],
+    console: Console,
+) -> Comparison:
     """Train and compare in a folder that this process has locked."""
-    run = partial(train_or_read, the_plan=the_plan, data=data, folder=folder, console=console, options=options)
     found = None
     if the_plan.grid is not None:
-        found = sweep(the_plan.recipes, the_plan.grid, run)
+        found = sweep(
+            the_plan.recipes,
+            the_plan.grid,
+            lambda arms, seed: make([attempt(arm, seed, the_plan, folder) for arm in arms], data, console=console),
+        )
         if not the_plan.seeds:  # the screening runs are read once more, and all was said of them
-            run = partial(run, console=Console(quiet=True))
+            console = Console(quiet=True)
         the_plan = screened(the_plan, the_plan.grid, found)
+    failed = [r.name for r in the_plan.recipes if found is not None and r.name not in found.chosen]
+    attempts = [attempt(r, seed, the_plan, folder) for seed in the_plan.seeds for r in the_plan.recipes]
+    results = iter(make([a for a in attempts if a.recipe.name not in failed], data, console=console))
     runs: dict[str, list[Run | FailedRun]] = {recipe.name: [] for recipe in the_plan.recipes}
-    for seed in the_plan.seeds:
-        for recipe in the_plan.recipes:
-            runs[recipe.name].append(run_or_failure(recipe, seed, run, found))
+    for a in attempts:
+        reason = "every learning rate of the sweep failed"
+        runs[a.recipe.name].append(FailedRun(seed=a.seed, reason=reason) if a.recipe.name in failed else next(results))
 
     def write() -> Comparison:
         comparison = replace(assemble(the_plan, runs, data, folder), sweep=found)
@@ -70,45 +86,11 @@ def trained(the_plan: Plan, data: PreparedData, folder: Path, *, console: Consol
     return on_first_rank(write)
 
 
-def run_or_failure(
-    recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run], found: Sweep | None
-) -> Run | FailedRun:
-    """Return one run of the comparison, or the record of its failure."""
-    if found is not None and recipe.name not in found.chosen:
-        return FailedRun(seed=seed, reason="every learning rate of the sweep failed")
-    try:
-        return run(recipe, seed)
-    except TrainingFailed as error:
-        return FailedRun(seed=seed, reason=str(error), step=error.step if isinstance(error, Diverged) else None)
-
-
-def train_or_read(
-    recipe: Recipe,
-    seed: int,
-    *,
-    the_plan: Plan,
-    data: PreparedData,
-    folder: Path,
-    console: Console,
-    options: Options,
-) -> Run:
-    """Train or read one run of the comparison, and print one line about it, also if it fails."""
-    where = run_folder(folder, recipe, seed, the_plan)
+def attempt(recipe: Recipe, seed: int, the_plan: Plan, folder: Path) -> Attempt:
+    """Return one run of the comparison, to be made."""
     rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
-    name = f"{recipe.name} seed {seed}{rate}"
-    # Check the identity first: a recorded failure must belong to this very run.
-    on_first_rank(lambda: open_run(where, describe_run(recipe, data, seed)))
-    try:
-        with noted_divergence(where, seed):
-            run = train(recipe, data, where, seed=seed, console=console, options=options)
-    except (TrainingFailed, OSError) as error:
-        console.print(f"{name}: {error}", markup=False)
-        raise
-    speed = run.tokens_per_second or 0
-    console.print(f"{name}: held-out loss {run.held_out.loss:.4f}, {speed:,.0f} tokens/s", markup=False)
-    if words := did_not_learn(run):
-        console.print(f"{name}: warning: {words}", markup=False)
-    return run
+    title = f"{recipe.name} seed {seed}{rate}"
+    return Attempt(recipe=recipe, seed=seed, folder=run_folder(folder, recipe, seed, the_plan), title=title)
 
 
 def with_one_dtype(the_plan: Plan, folder: Path, console: Console) -> Plan:

@@ -174,6 +174,8 @@ class FailedRun:
     reason: str
     step: int | None = None
     """The step at which it diverged, from 1; None where it failed for another reason."""
+    cause: Literal["training", "machine"] = "training"
+    """Training failed and would fail again, or the machine stopped it (disk full, process killed)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

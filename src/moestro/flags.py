@@ -12,7 +12,7 @@ from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.preparation import PreparedData, prepare
 from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Misuse
-from moestro.gate.ranges import Bytes, check_fields, either, shown
+from moestro.gate.ranges import Bytes, Range, check_fields, either, shown
 from moestro.sweep import Grid
 from moestro.training.estimate import check_memory
 from moestro.training.recipe import Recipe
@@ -130,6 +130,21 @@ class SweepFlags:
             )
         rates = tuple(rate for part in self.sweep for rate in part)
         return Grid(learning_rates=rates, seed=self.screening_seed, tokens=self.sweep_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFlags:
+    """How the runs of a comparison share the machine."""
+
+    jobs: Annotated[int, Range(at_least=1, at_most=1_000)] | None = None
+    """Runs that train at once, each in a process of its own. Default: one per GPU or CPU core, as memory allows."""
+    threads: Annotated[int, Range(at_least=1, at_most=1_000)] | None = None
+    """CPU threads of each job. Default: OMP_NUM_THREADS, or 1. Rounding errors depend on it, but not on --jobs."""
+    print_commands: bool = False
+    """Print one command per run for a scheduler, and stop; afterwards the same comparison reads the finished runs."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,12 @@ class Plan:
     margin: float = MARGIN
     """Equivalence margin in nats per token."""
 
+    @property
+    def runs(self) -> int:
+        """The most runs that can train at once."""
+        screening = len(self.grid.learning_rates) if self.grid is not None else 0
+        return len(self.recipes) * max(len(self.seeds), screening)
+
 
 def plan(
     recipes: Sequence[Recipe],

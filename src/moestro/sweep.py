@@ -7,7 +7,7 @@ choice of the rate out of the paired differences.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from moestro.comparison import Run, Screened, Sweep
+from moestro.comparison import FailedRun, Run, Screened, Sweep
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.ranges import Positive, Seed, Tokens, check_fields
 from moestro.training.recipe import Recipe
@@ -41,28 +41,36 @@ class Grid:
             raise Misuse(f"sweep_tokens must be at least batch_tokens ({least}), got {self.tokens}")
 
 
-def sweep(recipes: Sequence[Recipe], grid: Grid, run: Callable[[Recipe, int], Run]) -> Sweep:
-    """Train every recipe at every learning rate of the grid. `run` trains (or reads) one recipe with one seed."""
-    screened = {
-        recipe.name: tuple(screen(at_rate(recipe, rate, grid), grid.seed, run) for rate in grid.learning_rates)
-        for recipe in recipes
-    }
-    as_screened = [at_rate(recipe, grid.learning_rates[0], grid).training for recipe in recipes]
+def sweep(
+    recipes: Sequence[Recipe], grid: Grid, make_all: Callable[[Sequence[Recipe], int], Sequence[Run | FailedRun]]
+) -> Sweep:
+    """Train every recipe at every learning rate of the grid. `make_all` trains (or reads) recipes with one seed.
+
+    Raises TrainingFailed if the machine stopped a run: its learning rate is then unknown, not bad.
+    """
+    arms = [at_rate(recipe, rate, grid) for recipe in recipes for rate in grid.learning_rates]
+    results = [screened(arm, run) for arm, run in zip(arms, make_all(arms, grid.seed), strict=True)]
+    count = len(grid.learning_rates)
+    found = {r.name: tuple(results[i * count : (i + 1) * count]) for i, r in enumerate(recipes)}
     return Sweep(
         seed=grid.seed,
-        tokens={r.name: t.steps * t.batch_tokens for r, t in zip(recipes, as_screened, strict=True)},
-        screened=screened,
-        chosen={name: rate for name, results in screened.items() if (rate := best(results)) is not None},
+        tokens={
+            r.name: arm.training.steps * arm.training.batch_tokens
+            for r, arm in zip(recipes, arms[::count], strict=True)
+        },
+        screened=found,
+        chosen={name: rate for name, results in found.items() if (rate := best(results)) is not None},
     )
 
 
-def screen(recipe: Recipe, seed: int, run: Callable[[Recipe, int], Run]) -> Screened:
-    """One run; a learning rate at which training fails is an answer too."""
+def screened(recipe: Recipe, run: Run | FailedRun) -> Screened:
+    """Return the answer of one run; a learning rate at which training fails is an answer too."""
     rate = recipe.training.learning_rate
-    try:
-        return Screened(learning_rate=rate, loss=run(recipe, seed).held_out.loss)
-    except TrainingFailed:
+    if isinstance(run, FailedRun):
+        if run.cause == "machine":
+            raise TrainingFailed(f"{recipe.name} at learning rate {rate:g}: {run.reason}")
         return Screened(learning_rate=rate, loss=None)
+    return Screened(learning_rate=rate, loss=run.held_out.loss)
 
 
 def at_rate(recipe: Recipe, rate: float, grid: Grid) -> Recipe:

@@ -81,11 +81,17 @@ def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float
         training_flops=recipe.training_flops(),
         tokens=t.tokens,
         sequence_length=t.sequence_length,
-        memory_bytes=16 * count.total + activation_bytes(recipe, width) + answers_bytes(recipe, width),
+        memory_bytes=memory_bytes(recipe, width),
         seconds=runs * t.tokens * recipe.training_flops() / speed,
         dtype=str(dtype).removeprefix("torch."),
         device_flops=speed,
     )
+
+
+def memory_bytes(recipe: Recipe, width: int = 4) -> float:
+    """Weights, gradients, AdamW's state, activations (`width` bytes each) and competition's answers of one run."""
+    count = count_parameters(recipe.model.config(recipe.training.sequence_length))
+    return 16 * count.total + activation_bytes(recipe, width) + answers_bytes(recipe, width)
 
 
 def activation_bytes(recipe: Recipe, width: int) -> float:

@@ -2,11 +2,21 @@
 
 import json
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from transformers import TrainerCallback
 
 from moestro.gate.visible import visible
@@ -27,10 +37,54 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps({"step": state.global_step} | finite) + "\n")
 
 
-class ProgressBar(TrainerCallback):
-    """Loss, tokens per second, MaxVio and time left; plain lines where stderr is no terminal."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """How far a run has come."""
 
-    def __init__(self, title: str, console: Console) -> None:
+    title: str
+    step: int
+    steps: int
+    figures: str
+    """The latest loss, tokens per second and MaxVio, as text."""
+    ended: bool = False
+
+
+class ProgressReports(TrainerCallback):
+    """Reports progress after each step, and figures with each log."""
+
+    def __init__(self, title: str, show: Callable[[Progressed], None]) -> None:
+        self.title, self.show = title, show
+        self.figures = ""
+
+    def _report(self, state: Any, *, ended: bool = False) -> None:
+        place = {"step": state.global_step, "steps": state.max_steps}
+        self.show(Progressed(title=self.title, figures=self.figures, ended=ended, **place))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the current step."""
+        self._report(state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the step."""
+        self._report(state)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Report the latest figures."""
+        if not logs or "loss" not in logs:
+            return
+        text = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
+        self.figures = text + (f"  MaxVio {logs['max_vio']:.2f}" if "max_vio" in logs else "")
+        self._report(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report the end."""
+        self._report(state, ended=True)
+
+
+class ProgressBars:
+    """One bar per run with its figures and time left; where the console is no terminal, a line per quarter of a run."""
+
+    def __init__(self, console: Console) -> None:
         columns: list[ProgressColumn] = [
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -38,32 +92,30 @@ class ProgressBar(TrainerCallback):
             TextColumn("{task.fields[figures]}", markup=False),
             TimeRemainingColumn(),
         ]
-        self.title, self.console = title, console
-        self.bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self.task = self.bar.add_task(visible(title), total=None, figures="")
-        self.said = 0.0
+        self.console = console
+        self.display = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.bars: dict[str, TaskID] = {}
+        self.quarters: dict[str, int] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show the bar at the current step."""
-        self.bar.update(self.task, total=state.max_steps, completed=state.global_step)
-        self.bar.start()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Advance the bar."""
-        self.bar.update(self.task, completed=state.global_step)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Show the latest figures; without a terminal, print a line at each quarter of the run."""
-        if not logs or "loss" not in logs:
+    def show(self, progressed: Progressed) -> None:
+        """Move the bar of a run, which appears with its first report and goes with its last."""
+        title, share = progressed.title, progressed.step / progressed.steps
+        if not self.console.is_terminal:
+            if progressed.figures and int(4 * share) > self.quarters.get(title, 0):
+                self.quarters[title] = int(4 * share)
+                place = f"step {progressed.step} of {progressed.steps}"
+                self.console.print(f"{title}: {place}  {progressed.figures}", markup=False)
             return
-        text = f"loss {logs['loss']:.3f}  {logs['tokens_per_second']:,.0f} tokens/s"
-        text += f"  MaxVio {logs['max_vio']:.2f}" if "max_vio" in logs else ""
-        self.bar.update(self.task, figures=text)
-        share = state.global_step / state.max_steps
-        if not self.console.is_terminal and share - self.said >= 0.25:
-            self.said = share
-            self.console.print(f"{self.title}: step {state.global_step} of {state.max_steps}  {text}", markup=False)
+        if title not in self.bars:
+            self.bars[title] = self.display.add_task(visible(title), total=progressed.steps, figures="")
+            self.display.start()
+        self.display.update(self.bars[title], completed=progressed.step, figures=progressed.figures)
+        if progressed.ended:
+            self.remove(title)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remove the bar."""
-        self.bar.stop()
+    def remove(self, title: str) -> None:
+        """Remove the bar of a run, if it has one."""
+        if (bar := self.bars.pop(title, None)) is not None:
+            self.display.remove_task(bar)
+        if not self.bars:
+            self.display.stop()

@@ -48,6 +48,8 @@ class Model:
     qk_norm: bool = True
     tie_embeddings: bool = True
     depth_scaled_init: bool = True
+    initializer_range: Positive = 0.02
+    """Standard deviation of initial weights."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -83,6 +85,7 @@ class Model:
             feed_forward=[list(block) for block in blocks],
             composition=self.composition,
             depth_scaled_init=self.depth_scaled_init,
+            initializer_range=self.initializer_range,
             max_position_embeddings=sequence_length,
             tie_word_embeddings=self.tie_embeddings,
             bos_token_id=end_of_text,

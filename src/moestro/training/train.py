@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from moestro.training.intervals import CHECKPOINTS, CURVE_POINTS, every, steps_p
 from moestro.training.memory import forget_peak, peak_memory_bytes
 from moestro.training.owner import owned
 from moestro.training.precision import faster_dtype
-from moestro.training.progress import MetricsFile, ProgressBar
+from moestro.training.progress import MetricsFile, ProgressBars, Progressed, ProgressReports
 from moestro.training.ranks import agree_on, join, on_first_rank, shared
 from moestro.training.recipe import Recipe
 from moestro.training.resume import resume_point
@@ -55,6 +56,8 @@ class Options:
     """What does not change a run's result."""
 
     report_to: tuple[str, ...] = ()
+    show: Callable[[Progressed], None] | None = None
+    """Shows the progress of the run; None: a bar on the console."""
 
 
 def only_on_first_rank(console: Console) -> Console:
@@ -195,7 +198,7 @@ def build_trainer(
         callbacks=[
             interruption,
             MetricsFile(folder / METRICS),
-            ProgressBar(f"{recipe.name} seed {seed}", console),
+            ProgressReports(f"{recipe.name} seed {seed}", options.show or ProgressBars(console).show),
         ],
     )
     trainer.remove_callback(PrinterCallback)

@@ -1,0 +1,52 @@
+"""Train variants of a recipe with one seed and print what each learnt in how much time.
+
+Bits per byte compare variants with different vocabularies. The seed is that of screening runs, which no comparison's
+interval contains. Finished runs are read again, so a stopped screening goes on where it stopped.
+
+    python benchmarks/recipe_screening.py FOLDER RECIPE[:FIELD=VALUE,...] ... [--data ...] [--size tiny] [--tokens N]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from moestro.errors import TrainingFailed
+from moestro.flags import DataFlags
+from moestro.training.recipes import recipe
+from moestro.training.train import Options, train
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("recipes", nargs="+")
+    parser.add_argument("--data", nargs="*", default=())
+    parser.add_argument("--size", default="tiny")
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    flags = DataFlags(data=tuple(given.data))
+    console = Console(file=sys.stderr)
+    tokens = {} if given.tokens is None else {"tokens": given.tokens}
+    print(f"{'nats':>7} {'bits/byte':>9} {'gzip':>6} {'seconds':>7} {'tokens/s':>8}  recipe", flush=True)
+    for spec in given.recipes:
+        chosen = recipe(spec, given.size, **tokens)
+        data = flags.prepare(chosen)
+        folder = given.folder / f"{spec},tokens={chosen.training.tokens},size={given.size}"
+        try:
+            run = train(chosen, data, folder, seed=given.seed, console=console, options=Options())
+        except TrainingFailed as failure:
+            print(f"{spec}: {failure}", flush=True)
+            continue
+        speed, gzip = run.tokens_per_second or 0.0, data.gzip_bits_per_byte["all"]
+        found = f"{run.held_out.loss:7.4f} {run.held_out.bits_per_byte:9.4f} {gzip:6.3f}"
+        print(f"{found} {chosen.training.tokens / speed:7.1f} {speed:8,.0f}  {spec}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
