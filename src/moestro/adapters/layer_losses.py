@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moestro.adapters.applicability import LOSSES, OF_COMPETITION, OF_WEIGHTS, obstacle
@@ -207,13 +208,13 @@ class LayerLosses:
         if self.load is None:
             return
         load, self.load = over_ranks(self.load), None
-        self.lagged_load = (load / load.sum().clamp_min(1)).float()
+        self.lagged_load = mean_or(load, load.sum(), self.lagged_load)
         if self.proposed is not None and self.bias is not None:
             proposed, self.proposed = over_ranks(self.proposed), None
             self.bias.move(proposed, self.aux.bias_rate)
         if self.scores is not None:
             scores, self.scores = over_ranks(self.scores), None
-            self.lagged_mean = scores[:-1] / scores[-1].clamp_min(1)
+            self.lagged_mean = mean_or(scores[:-1], scores[-1], self.lagged_mean)
         if self.sizes is not None:
             sizes, self.sizes = over_ranks(self.sizes).abs(), None
             self.add_scales(torch.where(sizes[:-1] > 0, sizes[-1] / sizes[:-1].clamp_min(1e-30), 0.0))
@@ -275,6 +276,12 @@ def with_labels_only(record: LayerRecord) -> LayerRecord:
     if competition is not None:
         competition = replace(competition, filled=competition.filled & label[competition.token])
     return replace(record, batch=replace(record.batch, valid=label), competition=competition)
+
+
+def mean_or(total: Float[Tensor, " experts"], count: Float[Tensor, ""], before: Tensor | None) -> Tensor:
+    """Return `total` / `count`; if nothing was counted, the mean `before`, or the same for every expert."""
+    before = torch.full_like(total, 1 / len(total)) if before is None else before
+    return torch.where(count > 0, total / count.clamp_min(1), before).float()
 
 
 def added(total: Tensor | None, value: Tensor) -> Tensor:
