@@ -112,6 +112,30 @@ def test_bf16_autocast_stays_near_fp32():
         assert value.item() == pytest.approx(plain[name].item(), rel=0.1), name
 
 
+@pytest.mark.parametrize("over", ["sequence", "batch", "lagged"])
+def test_a_default_dtype_of_float64(over: Any):
+    """New tensors are float64 then, while counts of labels are float32."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        tiny = padded()
+        state: dict[str, Any] = {"steps": 0, "layers": {}}
+        for _ in range(2):  # the second goes on from the state of the first
+            aux = AuxLosses(**LOSSES, balance_over=over, variance_over=over, scaling="relative")
+            aux.load_state_dict(state)
+            with aux.attach(tiny.model):
+                assert attached_loss_is_finite(tiny)
+                aux.step()
+            state = aux.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def attached_loss_is_finite(tiny: tiny_models.TinyModel) -> bool:
+    loss = tiny.model(**tiny.inputs).loss
+    loss.backward()
+    return bool(loss.isfinite())
+
+
 def lora(model: nn.Module, *, router: bool = True) -> nn.Module:
     peft = pytest.importorskip("peft")
     targets = ["experts.gate_up_proj", "experts.down_proj", *(["gate.weight"] if router else [])]
