@@ -32,16 +32,16 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
     if trainer.model_init is not None:
         raise Misuse("with model_init the Trainer makes another model when it begins to train: pass it model instead")
     batch, apart = TrainerBatch(), LossLog()
-    original, log = trainer.compute_loss, trainer.log
+    log = trainer.log
+    original: Any = trainer.compute_loss  # its inputs are any mapping, not only a dict
     own = {name: trainer.__dict__[name] for name in ("compute_loss", "log") if name in trainer.__dict__}
 
     def compute_loss(
         model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # TRL keeps the item count from the model, label smoothing the labels: the description of the batch needs both.
-        withheld = {
-            name: inputs[name] for name in ("labels", "shift_labels") if isinstance(inputs, Mapping) and name in inputs
-        }
+        given: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}  # a BatchEncoding is no dict
+        withheld = {name: given[name] for name in ("labels", "shift_labels") if name in given}
         scaled = is_scaled(trainer, num_items_in_batch)
         watching.withheld, batch.items = withheld, num_items_in_batch if scaled else None
         with aux.micro_batch(batch), ExitStack() as after:
