@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import BatchEncoding, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from moestro import AuxLosses, Misuse, MoELayer, TrainingFailed, observe
 from moestro.adapters import moe_layers
@@ -110,6 +110,30 @@ def test_bf16_autocast_stays_near_fp32():
         plain = plain or aux.last
     for name, value in values[torch.bfloat16].items():
         assert value.item() == pytest.approx(plain[name].item(), rel=0.1), name
+
+
+@pytest.mark.parametrize("over", ["sequence", "batch", "lagged"])
+def test_a_default_dtype_of_float64(over: Any):
+    """New tensors are float64 then, while counts of labels are float32."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        tiny = padded()
+        state: dict[str, Any] = {"steps": 0, "layers": {}}
+        for _ in range(2):  # the second goes on from the state of the first
+            aux = AuxLosses(**LOSSES, balance_over=over, variance_over=over, scaling="relative")
+            aux.load_state_dict(state)
+            with aux.attach(tiny.model):
+                assert attached_loss_is_finite(tiny)
+                aux.step()
+            state = aux.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def attached_loss_is_finite(tiny: tiny_models.TinyModel) -> bool:
+    loss = tiny.model(**tiny.inputs).loss
+    loss.backward()
+    return bool(loss.isfinite())
 
 
 def lora(model: nn.Module, *, router: bool = True) -> nn.Module:
@@ -215,6 +239,83 @@ def test_accumulation_changes_nothing_over_several_steps(scaling: str):
             assert results[1][1]["layers"][name][statistic] == pytest.approx(values, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["router_z", "orthogonality"])
+def test_relative_scaling_waits_for_a_step_in_which_a_loss_has_a_size(loss: str):
+    """Every loss is 0 in a step without labels, and orthogonality where experts put out nothing yet."""
+    tiny = padded()
+    experts = [layer.experts for layer in moe_layers(tiny.model)]
+    trained = [module.down_proj.detach().clone() for module in experts]
+    first = tiny.inputs
+    if loss == "orthogonality":
+        for module in experts:
+            torch.nn.init.zeros_(module.down_proj)
+    else:
+        first = first | {"labels": torch.full_like(first["labels"], -100)}
+    aux = AuxLosses(balance=1.0, scaling="relative", **{loss: 1.0})
+    with aux.attach(tiny.model, add_to_loss=False):
+        tiny.model(**first, num_items_in_batch=20)
+        aux.total()
+        aux.step()
+        for module, weight in zip(experts, trained, strict=True):
+            module.down_proj.data.copy_(weight)
+        for _ in range(2):
+            tiny.model(**tiny.inputs)
+            total = aux.total()
+            aux.step()
+    assert total is not None and aux.last[loss] > 0
+    assert total.item() == pytest.approx(2 * aux.last["balance"].item(), rel=1e-5)
+
+
+def test_saved_scales_belong_to_losses():
+    """A resumed run may have other losses: each finds its own scale, and a new one is measured."""
+    tiny = padded()
+    first = AuxLosses(balance=1.0, router_z=1.0, scaling="relative")
+    with first.attach(tiny.model, add_to_loss=False):
+        tiny.model(**tiny.inputs)
+        first.total()
+        first.step()
+    aux = AuxLosses(balance=1.0, orthogonality=1.0, router_z=1.0, scaling="relative")
+    aux.load_state_dict(first.state_dict())
+    with aux.attach(tiny.model, add_to_loss=False):
+        for expected in (2.0, 3.0):
+            tiny.model(**tiny.inputs)
+            total = aux.total()
+            aux.step()
+            assert total is not None
+            assert total.item() == pytest.approx(expected * aux.last["balance"].item(), rel=1e-5)
+
+
+def test_a_state_that_is_none_is_refused():
+    tiny, aux = padded(), AuxLosses(balance=1.0)
+    for state in ({}, {"steps": 1}):
+        with pytest.raises(Misuse, match="state must be what state_dict returned"):
+            aux.load_state_dict(state)
+    with aux.attach(tiny.model):
+        tiny.model(**tiny.inputs)
+        aux.step()
+        state = aux.state_dict()
+    name = next(iter(state["layers"]))
+    for changed, match in (({"load": [0.5, 0.5]}, "for 2 experts, but it has 8"), ([], "must be a mapping")):
+        state["layers"][name] = changed
+        other = AuxLosses(balance=1.0)
+        other.load_state_dict(state)
+        with pytest.raises(Misuse, match=match), other.attach(tiny.model):
+            pass
+
+
+def test_a_masked_prompt_does_not_bring_padding_back():
+    """Left of a row's first token stands padding that predicts it."""
+    tiny = tiny_models.build("mixtral")
+    mask = torch.ones_like(tiny.inputs["input_ids"])
+    mask[1, :5] = 0
+    tiny.inputs.update(attention_mask=mask, labels=tiny.inputs["input_ids"].masked_fill(mask == 0, -100))
+    aux = AuxLosses(balance=1.0, mask_prompt=True)
+    with aux.attach(tiny.model):
+        tiny.model(**tiny.inputs)
+        counted = aux._layers[0].load
+    assert counted is not None and counted.sum() == (11 + 6) * moe_layers(tiny.model)[0].top_k
+
+
 def test_relative_scaling_brings_every_loss_to_the_size_of_balance():
     tiny = padded()
     aux = AuxLosses(balance=1.0, orthogonality=1.0, router_z=1.0, scaling="relative")
@@ -279,6 +380,8 @@ def train(
     loss_func: Any = None,
     package: str = "mixtral",
     resume: Path | None = None,
+    collator: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **options: Any,
 ) -> tuple[dict[str, torch.Tensor], AuxLosses]:
     tiny = padded(package)
@@ -294,7 +397,12 @@ def train(
         **(defaults | options),
     )
     trainer = Trainer(
-        model=tiny.model, args=arguments, train_dataset=data, callbacks=[seen], compute_loss_func=loss_func
+        model=tiny.model,
+        args=arguments,
+        train_dataset=data,
+        data_collator=collator,
+        callbacks=[seen, *callbacks],
+        compute_loss_func=loss_func,
     )
     aux = AuxLosses(**losses)
     with aux.attach(trainer):
@@ -317,6 +425,34 @@ def test_a_trainer_has_one_gradient_under_every_cut(tmp_path: Path, how: dict[st
     without, _ = train(tmp_path, 2, losses={}, **how)
     with pytest.raises(AssertionError):
         assert_equal(without, whole, 1e-2)
+
+
+@pytest.mark.parametrize("how", [{"label_smoothing_factor": 0.1}, {"loss_func": shifted_loss}])
+def test_batches_may_be_any_mapping(tmp_path: Path, how: dict[str, Any]):
+    """Tokenizers and collators return a BatchEncoding, which is no dict."""
+    plain, _ = train(tmp_path, 2, **how)
+    found, _ = train(tmp_path, 2, collator=lambda rows: BatchEncoding(default_data_collator(rows)), **how)
+    assert_equal(found, plain, 0.0)
+
+
+def test_labels_of_a_micro_batch_are_of_no_other_pass(tmp_path: Path):
+    """A callback may run the model on tokens without labels."""
+    seen = []
+
+    class Probe(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            with torch.no_grad(), observe(model, lambda record: seen.append(record.batch.label)):
+                model(input_ids=padded().inputs["input_ids"])
+
+    train(tmp_path, 2, callbacks=[Probe()])
+    assert seen and all(label is None for label in seen)
+
+
+def test_model_init_is_refused(tmp_path: Path):
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    trainer = Trainer(model_init=lambda: padded().model, args=arguments)
+    with pytest.raises(Misuse, match="model_init"), AuxLosses(balance=1.0).attach(trainer):
+        pass
 
 
 def test_a_resumed_trainer_goes_on_with_the_saved_state(tmp_path: Path):

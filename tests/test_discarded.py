@@ -171,6 +171,24 @@ def test_discard_forgets_the_whole_batch():
     assert state == other.state_dict()
 
 
+def test_a_step_without_a_token_that_counts_leaves_statistics_as_they_were():
+    """Every prompt is masked, and the step has nothing but prompts."""
+    for seen in (True, False):
+        aux, model = AuxLosses(balance=0.5, balance_over="lagged", variance=0.5, mask_prompt=True), tiny_model()
+        with aux.attach(model):
+            if seen:
+                model(**ragged_batch(4))
+                aux.step()
+            before = aux.state_dict()["layers"]
+            batch = ragged_batch(4)
+            model(**batch | {"labels": torch.full_like(batch["labels"], -100)}, num_items_in_batch=8)
+            aux.step()
+            for name, state in aux.state_dict()["layers"].items():
+                uniform = [1 / len(state["load"])] * len(state["load"])
+                expected = before[name] if seen else {"load": uniform, "mean": uniform}
+                assert state == {key: pytest.approx(value) for key, value in expected.items()}
+
+
 class GoesOn(Trainer):
     """A trainer of somebody's own: a micro-batch that runs out of memory is left out."""
 

@@ -169,3 +169,35 @@ def test_padding_in_a_block_mask_and_behind_a_cache():
 def test_a_mask_that_says_nothing_of_padding_is_refused(mask: Any, got: str):
     with pytest.raises(Misuse, match=got):
         describe({"input_ids": torch.zeros(3, 8, dtype=torch.long), "attention_mask": mask})
+
+
+HOLES = {
+    "hole": ([1, 1, 1, 0, 0, 1, 1, 1], [0] * 8),
+    "left": ([0, 0, 0, 1, 1, 1, 1, 1], [0] * 8),
+    "hole at a border": ([1, 1, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 1, 1, 1]),
+    "packed behind padding": ([0, 0, 1, 1, 1, 1, 0, 1], [0, 0, 0, 0, 1, 1, 1, 1]),
+}
+"""Valid tokens of a row, and the sequence of each token (padding goes with a neighbour)."""
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_padding_starts_no_sequence(name: str):
+    """A label at padding counts for the sequence beside it, as with a matrix of valid tokens."""
+    valid, index = (torch.tensor(value) for value in HOLES[name])
+    ids, pairs = torch.ones(1, 8, dtype=torch.long), causal(index[None]) & valid.bool()
+    block = create_block_mask(
+        lambda b, h, q, k: (q >= k) & (index[q] == index[k]) & valid.bool()[k], 1, None, 8, 8, device="cpu"
+    )
+    for mask in (pairs, pairs[:, 0], unmasked(pairs), additive(unmasked(pairs)), block):
+        batch = describe({"input_ids": ids, "attention_mask": mask})
+        assert batch.valid is not None and batch.valid.tolist() == valid.bool().tolist()
+        own = batch.sequence[valid.bool()]
+        assert own.tolist() == index[valid.bool()].tolist()
+        if not index.any():
+            assert batch.sequence.tolist() == describe({"input_ids": ids}).sequence.tolist()
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (3, 1, 8, 8), (3, 8, 8)])
+def test_a_mask_of_other_rows_is_refused(shape: tuple[int, ...]):
+    with pytest.raises(Misuse, match=r"for 2 rows of 8 tokens"):
+        describe({"input_ids": torch.zeros(2, 8, dtype=torch.long), "attention_mask": torch.ones(shape)})

@@ -261,3 +261,29 @@ def test_a_whole_model_is_saved_as_ever(tmp_path: Path):
     with AuxLosses(bias_rate=0.02).attach(model):
         pass
     assert "save_pretrained" not in vars(model)
+
+
+@pytest.mark.parametrize("own_router_first", [False, True])
+def test_adapters_of_which_one_has_its_own_router(tmp_path: Path, own_router_first: bool):
+    """An adapter without a copy of the router is saved with the base model's biases, the other with its copy's."""
+    rows = base_and_rows(tmp_path / "base")
+    ids = torch.tensor(rows[0]["input_ids"])[None]
+    model = adapted(tmp_path / "base", init_lora_weights=False)
+    aux = AuxLosses(bias_rate=0.02)
+    if not own_router_first:
+        with aux.attach(model.train()):
+            model(input_ids=ids, labels=ids)
+            aux.step()
+    other = LoraConfig(target_modules=["q_a_proj"], r=4, modules_to_save=["gate"], init_lora_weights=False)
+    model.add_adapter("other", other)  # wraps the routers
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        with aux.attach(model.train()):
+            model(input_ids=ids, labels=ids)
+            aux.step()
+    model.eval().save_pretrained(tmp_path / "adapters")
+    for name, folder in (("default", "."), ("other", "other")):
+        model.set_adapter(name)
+        again = reloaded(tmp_path / "base", tmp_path / "adapters" / folder)
+        assert biases(again).any() and torch.equal(biases(again), biases(model))
+        assert same(again, model, rows)

@@ -35,7 +35,7 @@ from moestro.adapters.watch import Listener, Watch, watch
 from moestro.adapters.wrappers import inner_model
 from moestro.competition import Compete
 from moestro.errors import Misuse, TrainingFailed
-from moestro.gate.ranges import Number, Positive, Weight, check_fields
+from moestro.gate.ranges import Number, Positive, Weight, check_fields, shown
 from moestro.losses import DistillationForm, DiversityForm, OrthogonalityForm, VarianceForm
 from moestro.routing import MoELayer
 
@@ -86,7 +86,8 @@ class AuxLosses:
     """Loss-free balance: how far selection biases move per optimiser step; 0 leaves them."""
     scaling: Literal["weight", "relative"] = "weight"
     """relative: every loss is brought to the size that balance has in the first optimiser step, per layer, and then
-    weighted. In that step itself only balance acts: its sizes are known at its end, whatever the cut of the batch."""
+    weighted. In that step itself only balance acts: its sizes are known at its end, whatever the cut of the batch.
+    A loss whose size is 0 there waits for the first step in which it is not."""
     warmup_steps: Number = 0
     """Optimiser steps over which orthogonality and variance rise linearly to their weight."""
     mask_prompt: bool = False
@@ -132,8 +133,8 @@ class AuxLosses:
 
     @property
     def scales_known(self) -> bool:
-        """True once `scaling = "relative"` has measured the scale of every layer's losses."""
-        return all(state.scales is not None for state in self._layers)
+        """True once `scaling = "relative"` has measured a scale at every layer."""
+        return all(state.scales is not None for state in self._layers if state.scaled)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -293,7 +294,7 @@ class AuxLosses:
         for name, weight in weights.items():
             mine = [(state, term[name]) for state, term in zip(self._layers, terms, strict=True) if name in term]
             values = torch.stack([value.to(mine[0][1].device) for _, value in mine])
-            scales = [state.scale(state.names.index(name)) for state, _ in mine]
+            scales = [state.scale(name) for state, _ in mine]
             self.last[name] = values.detach().sum() / self._blocks
             scaled = [value * scale for value, scale in zip(values.unbind(), scales, strict=True)]
             parts[name] = weight * sum(scaled[1:], scaled[0]) / self._blocks
@@ -357,6 +358,8 @@ class AuxLosses:
 
     def _load(self, state: dict[str, Any], *, biases: bool) -> None:
         """Restore `state_dict`; write its selection biases into the model only if `biases` is true."""
+        if not isinstance(state, dict) or not {"steps", "layers"} <= state.keys():
+            raise Misuse(f"state must be what state_dict returned, with steps and layers, got {shown(state)}")
         self._restored, self.steps = state, state["steps"]
         self.gradient_ratios = dict(state.get("gradient_ratios", {}))
         self._biases_due = biases and not self._layers

@@ -105,7 +105,7 @@ def share_of_sequences(
     Labels that are not one per token count by `rows`. Without labels, or where sequences shall count alike (not
     `by_label`), each has the same share of this pass. Raise Misuse if there are `items` and no labels.
     """
-    zeros = torch.zeros(batch.num_sequences, device=batch.sequence.device)
+    zeros = torch.zeros(batch.num_sequences, dtype=torch.float32, device=batch.sequence.device)
     valid = torch.ones_like(batch.sequence, dtype=torch.bool) if batch.valid is None else batch.valid
     present = (zeros.index_add(0, batch.sequence, valid.float()) > 0).float()
     if not by_label or (items is None and batch.label is None and rows is None):

@@ -1,10 +1,11 @@
 """What `AuxLosses` computes and keeps of one layer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from moestro.adapters.applicability import LOSSES, OF_COMPETITION, OF_WEIGHTS, obstacle
@@ -60,13 +61,17 @@ class LayerLosses:
         self.scores: Tensor | None = None
         """Sum of the slot scores per expert since the last optimiser step, and the number of tokens at the end."""
         self.sizes: Tensor | None = None
-        """Sum of each loss since the last optimiser step, in the order of `names`; kept until `scales` is known."""
+        """Sum of each loss since the last optimiser step, in the order of `scaled`, and of balance at the end."""
         self.competitor: Competitor | None = None
         """Set while experts compete."""
         self.lagged_load: Tensor | None = None
         self.lagged_mean: Tensor | None = None
+        self.scaled = [name for name in self.names if name not in {"balance", *OF_COMPETITION}]
+        """Losses that `scaling = "relative"` brings to the size of balance."""
         self.scales: Tensor | None = None
-        """What brings each loss to the size of balance, in the order of `names`."""
+        """The factors that do so, in the order of `scaled`; 0 if not measured yet. None: none is measured."""
+        self.to_measure = aux.scaling == "relative" and bool(self.scaled)
+        """True while a factor is still to be measured."""
 
     def consume(self, record: LayerRecord) -> None:
         """Take a record of this layer, inside its forward."""
@@ -173,16 +178,16 @@ class LayerLosses:
         if self.aux.variance and self.aux.variance_over == "lagged" and "variance" in self.names:
             total, count = mean_scores(record)
             self.scores = added(self.scores, torch.cat([total, count[None]]))
-        if self.aux.scaling == "relative" and self.scales is None:
-            sizes = torch.stack([terms[name].detach() for name in self.names])
+        if self.to_measure:
+            sizes = torch.stack([terms[name].detach() for name in self.scaled])
             reference = terms["balance"] if "balance" in terms else self.weigh("balance", record, share)
             self.sizes = added(self.sizes, torch.cat([sizes, reference.detach()[None]]))
 
-    def scale(self, index: int) -> Tensor | float:
-        """The factor on the loss of this index."""
-        if self.aux.scaling == "weight" or self.names[index] in {"balance", *OF_COMPETITION}:
+    def scale(self, name: str) -> Tensor | float:
+        """Return the factor on this loss."""
+        if self.aux.scaling == "weight" or name not in self.scaled:
             return 1.0
-        return 0.0 if self.scales is None else self.scales[index]
+        return 0.0 if self.scales is None else self.scales[self.scaled.index(name)]
 
     def seen(self) -> Seen:
         """Return the statistics since the last optimiser step; not copied, as tensors are never changed in place."""
@@ -203,45 +208,80 @@ class LayerLosses:
         if self.load is None:
             return
         load, self.load = over_ranks(self.load), None
-        self.lagged_load = (load / load.sum().clamp_min(1)).float()
+        self.lagged_load = mean_or(load, load.sum(), self.lagged_load)
         if self.proposed is not None and self.bias is not None:
             proposed, self.proposed = over_ranks(self.proposed), None
             self.bias.move(proposed, self.aux.bias_rate)
         if self.scores is not None:
             scores, self.scores = over_ranks(self.scores), None
-            self.lagged_mean = scores[:-1] / scores[-1].clamp_min(1)
+            self.lagged_mean = mean_or(scores[:-1], scores[-1], self.lagged_mean)
         if self.sizes is not None:
             sizes, self.sizes = over_ranks(self.sizes).abs(), None
-            self.scales = torch.where(sizes[:-1] > 0, sizes[-1] / sizes[:-1].clamp_min(1e-30), 0.0)
+            self.add_scales(torch.where(sizes[:-1] > 0, sizes[-1] / sizes[:-1].clamp_min(1e-30), 0.0))
 
-    def state(self) -> dict[str, list]:
-        """What a resumed run needs, as plain numbers (floats survive JSON exactly)."""
-        kept = {"load": self.lagged_load, "mean": self.lagged_mean, "scales": self.scales}
+    def add_scales(self, found: Tensor) -> None:
+        """Use the factors in `found` for losses that have none yet; a loss of size 0 in this step waits for another."""
+        scales = found if self.scales is None else torch.where(self.scales > 0, self.scales, found)
+        known = (scales > 0).tolist()
+        self.scales = scales if any(known) else None
+        self.to_measure = not all(known)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs, as plain numbers (floats survive JSON exactly)."""
+        kept = {"load": self.lagged_load, "mean": self.lagged_mean}
         if self.bias is not None:
             kept["bias"] = self.bias.master
         if self.competitor is not None:
             kept |= self.competitor.state()
-        return {name: value.tolist() for name, value in kept.items() if value is not None}
+        plain = {name: value.tolist() for name, value in kept.items() if value is not None}
+        scales = {} if self.scales is None else dict(zip(self.scaled, self.scales.tolist(), strict=True))
+        return plain | ({"scales": scales} if scales else {})
 
-    def load_state(self, state: dict[str, list], *, biases: bool) -> None:
+    def load_state(self, state: Any, *, biases: bool) -> None:
         """Restore `state`; if `biases` is true, write the selection bias into the model too."""
+        check_state(state, self.layer)
         device = next(self.layer.router.parameters()).device
         if self.bias is not None and "bias" in state:
             self.bias.restore(state["bias"], into_model=biases)
         if self.competitor is not None:
             self.competitor.resume(state, self.aux.steps, device)
-        self.lagged_load, self.lagged_mean, self.scales = (
-            torch.tensor(state[name], device=device) if name in state else None for name in ("load", "mean", "scales")
+        self.lagged_load, self.lagged_mean = (
+            torch.tensor(state[name], device=device) if name in state else None for name in ("load", "mean")
         )
+        if self.aux.scaling == "relative" and self.scaled:
+            self.scales, saved = None, state.get("scales", {})
+            self.add_scales(torch.tensor([saved.get(name, 0.0) for name in self.scaled], device=device))
+
+
+def check_state(state: Any, layer: MoELayer) -> None:
+    """Raise Misuse unless `state` can be a state of this layer."""
+    if not isinstance(state, Mapping):
+        raise Misuse(f"the saved state of {layer.name} must be a mapping, got {type(state).__name__}")
+    if not isinstance(scales := state.get("scales", {}), Mapping):
+        raise Misuse(f"the saved scales of {layer.name} must be a mapping of losses, got {type(scales).__name__}")
+    for name in ("load", "mean", "bias"):
+        if name in state and len(state[name]) != layer.num_experts:
+            raise Misuse(
+                f"the saved {name} of {layer.name} is for {len(state[name])} experts, but it has {layer.num_experts}: "
+                "load the state of this model"
+            )
 
 
 def with_labels_only(record: LayerRecord) -> LayerRecord:
-    """The record with every token but those that predict a label treated as padding."""
-    label, competition = record.batch.label, record.competition
+    """Return the record with every token treated as padding that predicts no label."""
+    label, competition, valid = record.batch.label, record.competition, record.batch.valid
     assert label is not None
+    if valid is not None:  # padding on the left predicts the first token of its row
+        label = label & valid
     if competition is not None:
         competition = replace(competition, filled=competition.filled & label[competition.token])
     return replace(record, batch=replace(record.batch, valid=label), competition=competition)
+
+
+def mean_or(total: Float[Tensor, " experts"], count: Float[Tensor, ""], before: Tensor | None) -> Tensor:
+    """Return `total` / `count`; if nothing was counted, the mean `before`, or the same for every expert."""
+    before = torch.full_like(total, 1 / len(total)) if before is None else before
+    return torch.where(count > 0, total / count.clamp_min(1), before).float()
 
 
 def added(total: Tensor | None, value: Tensor) -> Tensor:

@@ -76,10 +76,11 @@ def layout_of_mask(mask: Any, rows: int, length: int) -> Layout:
         mask = mask_of_whole_rows(mask)
     if mask is None:
         return Layout()
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= length:
+    rows_fit = isinstance(mask, Tensor) and mask.ndim > 0 and mask.shape[0] in (1, rows)
+    if rows_fit and mask.ndim == 2 and mask.shape[1] >= length:
         # With a cache the mask covers the past too; the tokens of this pass are its last columns.
         return Layout(mask[:, -length:].bool().expand(rows, length))
-    if isinstance(mask, Tensor) and mask.ndim in (3, 4) and mask.shape[-2] == length <= mask.shape[-1]:
+    if rows_fit and mask.ndim in (3, 4) and mask.shape[-2] == length <= mask.shape[-1]:
         return layout_of_pairs(allowed(mask), rows)
     if callable(getattr(mask, "mask_mod", None)):
         return layout_of_block_mask(mask, rows, length)
@@ -112,7 +113,7 @@ def layout_of_pairs(may: Bool[Tensor, "some queries keys"], rows: int) -> Layout
     past = may.shape[2] - length
     own = may.diagonal(past, dim1=1, dim2=2)
     valid = own & ~(may.all(2) & ~may[:, -1, past:])
-    before = may[:, 1:].diagonal(past, dim1=1, dim2=2)
+    before = may[:, :, past:].gather(2, last_valid(valid)[:, :, None])[:, :, 0]
     return checked(valid, before, rows)
 
 
@@ -122,18 +123,30 @@ def layout_of_block_mask(mask: Any, rows: int, length: int) -> Layout:
     row, token = torch.arange(rows, device=device), torch.arange(length, device=device)
     head = torch.zeros((), dtype=torch.long, device=device)
 
-    def may(back: int) -> Tensor:
-        def pair(row: Tensor, query: Tensor) -> Tensor:
-            return mask.mask_mod(row, head, query, query + past - back)
+    def may(keys: Tensor) -> Tensor:
+        def pair(row: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return mask.mask_mod(row, head, query, key + past)
 
-        return torch.vmap(torch.vmap(pair, (None, 0)), (0, None))(row, token[back:])
+        return torch.vmap(torch.vmap(pair, (None, 0, 0)), (0, None, 0))(row, token, keys)
 
-    return checked(may(0), may(1), rows)
+    valid = may(token.expand(rows, length))
+    return checked(valid, may(last_valid(valid)), rows)
 
 
-def checked(valid: Bool[Tensor, "some length"], before: Bool[Tensor, "some rest"], rows: int) -> Layout:
-    """Return the layout from which tokens attend to themselves and to the token before. Misuse if all are padding."""
+def last_valid(valid: Bool[Tensor, "some length"]) -> Int[Tensor, "some length"]:
+    """Return the place of the last valid token before each token; its own place if there is none."""
+    place = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    last = place.masked_fill(~valid, -1).cummax(1).values.roll(1, 1)
+    last[:, :1] = -1
+    return torch.where(last < 0, place, last)
+
+
+def checked(valid: Bool[Tensor, "some length"], before: Bool[Tensor, "some length"], rows: int) -> Layout:
+    """Return the layout from which tokens are valid and which may attend to the last valid token `before` them.
+
+    A sequence begins with a valid token that may not. Padding belongs to the sequence beside it. Misuse if all is.
+    """
     if not torch.compiler.is_compiling() and not bool(valid.any()):
         raise Misuse("attention_mask must let tokens attend to themselves, got one in which none may: all are padding")
     length = valid.shape[1]
-    return Layout(valid.expand(rows, length), starts_at(~before.expand(rows, length - 1)))
+    return Layout(valid.expand(rows, length), starts_at((valid & ~before)[:, 1:].expand(rows, length - 1)))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moestro.adapters.wrappers import unwrapped
+from moestro.adapters.wrappers import plain_name, unwrapped
 from moestro.balance import next_bias
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
@@ -111,7 +111,7 @@ def keep_with_adapter(model: nn.Module, layers: Iterable[MoELayer]) -> None:
         return
     paths = {id(module): name for name, module in model.named_modules()}
     names = [f"{paths[id(layer.bias_at[0])]}.{layer.bias_at[1]}" for layer in layers if layer.bias_at is not None]
-    setattr(model, NAMES, [name for name in names if ".modules_to_save." not in name])  # PEFT saves those itself
+    setattr(model, NAMES, {plain_name(name) for name in names})  # adapters added later may wrap routers
     # Bound to the instance, so that a deep copy of the model saves itself and not this model.
     model.save_pretrained = MethodType(save_with_biases, model)  # type: ignore[assignment]
 
@@ -134,7 +134,8 @@ def save_with_biases(self: Any, save_directory: str | Path, *args: Any, **kwargs
     """Replace `save_pretrained` of a PEFT model: save, then add the selection biases to every adapter file."""
     result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
     tensors = dict(self.named_buffers()) | dict(self.named_parameters())
-    biases = {adapter_key(name): full(tensors[name].detach()).cpu().contiguous() for name in getattr(self, NAMES)}
+    names = [name for name in tensors if plain_name(name) in getattr(self, NAMES) and ".modules_to_save." not in name]
+    biases = {adapter_key(name): full(tensors[name].detach()).cpu().contiguous() for name in names}
     adapters = kwargs.get("selected_adapters") or list(self.peft_config)
     for folder in (Path(save_directory), *(Path(save_directory, adapter) for adapter in adapters)):
         if (folder / ADAPTER).exists():  # only the first rank writes files
@@ -145,14 +146,18 @@ def save_with_biases(self: Any, save_directory: str | Path, *args: Any, **kwargs
 
 
 def adapter_key(name: str) -> str:
-    """Return the name of a tensor in an adapter's file."""
+    """Return the name of a tensor in an adapter's file, which knows nothing of the copies of other adapters."""
+    name = name.replace(".original_module.", ".")
     return name if name.startswith("base_model.model.") else f"base_model.model.{name}"
 
 
 def add_tensors(file: Path, more: dict[str, Tensor]) -> None:
-    """Add tensors to a safetensors file. The old file stays intact until the new one is complete."""
+    """Add tensors to a safetensors file, except those that it holds: an adapter's own copy of a router has its bias.
+
+    The old file stays intact until the new one is complete.
+    """
     with safe_open(file, "pt") as old:
         tensors, metadata = {name: old.get_tensor(name).clone() for name in old.keys()}, old.metadata()  # noqa: SIM118
     unfinished = file.with_suffix(".unfinished")
-    save_file(tensors | more, unfinished, metadata=metadata)
+    save_file(more | tensors, unfinished, metadata=metadata)
     unfinished.replace(file)

@@ -1,7 +1,7 @@
 """Attaching to a trainer: the Trainer of transformers, and TRL's, which are ones."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,23 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
     assert trainer.model is not None
     if trainer.args.n_gpu > 1:  # the Trainer then wraps the model when it begins to train
         raise Misuse(DATA_PARALLEL)
+    if trainer.model_init is not None:
+        raise Misuse("with model_init the Trainer makes another model when it begins to train: pass it model instead")
     batch, apart = TrainerBatch(), LossLog()
-    original, log = trainer.compute_loss, trainer.log
+    log = trainer.log
+    original: Any = trainer.compute_loss  # its inputs are any mapping, not only a dict
     own = {name: trainer.__dict__[name] for name in ("compute_loss", "log") if name in trainer.__dict__}
 
     def compute_loss(
         model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         # TRL keeps the item count from the model, label smoothing the labels: the description of the batch needs both.
-        withheld = {
-            name: inputs[name] for name in ("labels", "shift_labels") if isinstance(inputs, dict) and name in inputs
-        }
+        given: Mapping[str, Any] = inputs if isinstance(inputs, Mapping) else {}  # a BatchEncoding is no dict
+        withheld = {name: given[name] for name in ("labels", "shift_labels") if name in given}
         scaled = is_scaled(trainer, num_items_in_batch)
         watching.withheld, batch.items = withheld, num_items_in_batch if scaled else None
-        with aux.micro_batch(batch):
+        with aux.micro_batch(batch), ExitStack() as after:
+            after.callback(withheld.clear)  # passes outside of this have labels of their own
             result = original(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         task, *rest = result if isinstance(result, tuple) else (result,)
         known = set(aux.gradient_ratios)
@@ -70,7 +73,6 @@ def to_trainer(aux: "AuxLosses", trainer: Trainer, layers: Sequence[MoELayer] | 
             stack.enter_context(trl_balance_off(trainer))
         model = trainer.accelerator.unwrap_model(trainer.model)
         watching = stack.enter_context(aux.to_model(model, layers, trainer=batch))
-        stack.callback(watching.withheld.clear)
         trainer.compute_loss, trainer.log = compute_loss, log_apart  # type: ignore[method-assign]
         trainer.add_callback(AuxLossesState)
         try:
