@@ -221,6 +221,40 @@ def test_rows_of_a_table_that_lack_their_text_are_counted(tmp_path: Path, caplog
         texts(tmp_path / "twice.csv")
 
 
+AFTER_9999 = 2**62
+USER = pa.array(["user"])
+REPEATED = pa.StructArray.from_arrays([USER, USER, USER], names=["role", "role", "content"])
+DATED = pa.struct([("role", pa.string()), ("content", pa.string()), ("at", pa.timestamp("us"))])
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("names", "columns", "message"),
+    [
+        (["text"], [pa.array([AFTER_9999], pa.timestamp("us"))], "a: column 'text' must hold text"),
+        (["text"], [pa.array([2**30], pa.int32()).view(pa.date32())], "a: column 'text' must hold text"),
+        (["text"], [pa.array([AFTER_9999], pa.timestamp("us")).dictionary_encode()], "a: column 'text' must hold text"),
+        (
+            ["messages"],
+            [pa.array([[{"role": "user", "content": "Hi", "at": AFTER_9999}]], pa.list_(DATED))],
+            "a: column 'messages' must hold text",
+        ),
+        (["messages"], [pa.ListArray.from_arrays([0, 1], REPEATED)], "a: column 'messages' must hold text"),
+        (["text", "text"], [USER, USER], "a must name each column once, got text twice"),
+    ],
+)
+def test_values_that_python_lacks_and_repeated_names_are_one_line(
+    tmp_path: Path, ending: str, names: list[str], columns: list[pa.Array], message: str
+):
+    table, path = pa.Table.from_arrays(columns, names=names), tmp_path / f"a.{ending}"
+    if ending == "parquet":
+        pq.write_table(table, path)
+    else:
+        pyarrow.feather.write_feather(table, path)
+    with pytest.raises(Misuse, match=message.replace("a", rf"a\.{ending}", 1)):
+        texts(path)
+
+
 CHAT = [{"role": "user", "content": "Two and two?"}, {"role": "assistant", "content": "Four."}]
 PLAIN = "user: Two and two?\n\nassistant: Four."
 

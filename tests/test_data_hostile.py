@@ -48,6 +48,7 @@ def packed(path: Path, pieces: Iterable[bytes]) -> Path:
         ("a.txt.zst", [MEBI] * TIMES, EXPANDS),
         ("a.py.gz", [b"#" * MEBIBYTE] * TIMES, EXPANDS),
         ("blank.jsonl.gz", [b"\n" * 20_000], EXPANDS),
+        ("rows.json.gz", [b"[", b"{}," * 20_000], EXPANDS),
         ("blank.csv.gz", [b"text\n", b"\n" * 20_000], EXPANDS),
         ("row.jsonl.gz", [b'{"text": "', *[MEBI] * TIMES], "a JSON object of at most 524,288 characters"),
         ("array.json.gz", [b'[{"text": "', *[MEBI] * TIMES], "must be a JSON object"),

@@ -12,6 +12,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from moestro.data.chats import rendered
 from moestro.data.packing import PackedRows, write_stream
 from moestro.data.preparation import prepare
 from moestro.data.sources import Document
@@ -201,3 +202,13 @@ def test_inspection_puts_chats_in_the_tokenizers_template(stored: dict[str, Any]
     tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
     with pytest.raises(Misuse, match="a:1 must fit the tokenizer's chat template: roles must take turns"):
         stream(tokenizer)
+
+
+def test_a_chat_template_that_makes_a_chat_huge_is_refused():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    messages = [{"role": "user", "content": "Two and two?"}]
+    tokenizer.chat_template = "{{ 'a' * 900000 }}"
+    assert len(rendered(tokenizer, messages, "a.jsonl:1")) == 900_000
+    tokenizer.chat_template = "{{ 'a' * 2000000 }}"
+    with pytest.raises(Misuse, match=r"a\.jsonl:1 must have at most 1,049,728 characters in the chat template"):
+        rendered(tokenizer, messages, "a.jsonl:1")

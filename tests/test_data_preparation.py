@@ -3,6 +3,8 @@ import json
 import logging
 import math
 import os
+import re
+import resource
 import signal
 import threading
 import time
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from moestro.data import cache, standard_library
 from moestro.data import prepare as prepare_data
+from moestro.data.building import ALL
 from moestro.data.cache import cached_folder, default_cache_dir, is_whole
 from moestro.data.corpus import load_corpus
 from moestro.data.packing import IGNORED
@@ -76,10 +79,29 @@ def test_gzip_is_measured_on_the_held_out_text(prepare: Callable[..., PreparedDa
     data, corpus = prepare(sources), load_corpus(sources)
     text = "".join(document.text for document in corpus.held_out).encode()
     assert len(text) == data.held_out_bytes.sum()
-    assert data.gzip_bits_per_byte.keys() == {"law", "prose", "all"}
-    assert math.isclose(data.gzip_bits_per_byte["all"], 8 * len(gzip.compress(text, 9)) / len(text))
+    assert data.gzip_bits_per_byte.keys() == {"law", "prose", ALL}
+    assert math.isclose(data.gzip_bits_per_byte[ALL], 8 * len(gzip.compress(text, 9)) / len(text))
     law = "".join(document.text for document in corpus.held_out if document.domain == "law").encode()
     assert math.isclose(data.gzip_bits_per_byte["law"], 8 * len(gzip.compress(law, 9)) / len(law))
+
+
+def test_a_domain_may_be_named_all(prepare: Callable[..., PreparedData], sources: list[str]):
+    named, other = prepare([f"all={sources[0]}", sources[1]]), prepare([f"law={sources[0]}", sources[1]])
+    for name, same in (("all", "law"), ("prose", "prose"), (ALL, ALL)):
+        assert named.gzip_bits_per_byte[name] == other.gzip_bits_per_byte[same]
+
+
+def test_a_full_disk_is_an_os_error_with_the_folder(prepare: Callable[..., PreparedData], tmp_path: Path):
+    """Short documents need more room in the index, which SQLite writes, than in the file of texts."""
+    (tmp_path / "short.jsonl").write_text("\n".join(f'{{"text": "short {n}"}}' for n in range(4000)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(tmp_path / "cache"))):
+            prepare([f"{tmp_path}/short.jsonl"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert prepare([f"{tmp_path}/short.jsonl"]).train.num_tokens > 4000
 
 
 def test_uniform_guessing_costs_what_bits_per_byte_say(prepare: Callable[..., PreparedData], sources: list[str]):

@@ -2,16 +2,25 @@
 
 import fcntl
 import json
+import re
 import resource
 import shutil
+import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 import moestro.training.memory as memory
 import moestro.training.train as training
 from command_line import moestro
 from moestro import Misuse
+from moestro.gate.writing import failures_as_os_errors
+from moestro.training.finish import read_losses
+from moestro.training.held_out import learning_curve
+from moestro.training.resume import keep_metrics_until
 from moestro.training.runs import check_folder
 from run_folder import STEPS, assert_same_run, endings, finished_run, unfinished_copy
 
@@ -181,6 +190,8 @@ def test_a_second_process_on_a_comparison_is_refused(finished, tmp_path, monkeyp
         ("run.json", b'{"recipe": []}', "run.json must hold the description of a run, and is damaged"),
         ("run.json", b"\xff\x00", "run.json must hold the description of a run, and is damaged"),
         ("summary.json", b'{"seed": 0', "summary.json must hold JSON"),
+        pytest.param("summary.json", b'{"seed": ' + b"9" * 5000 + b"}", "summary.json must hold JSON", id="digits"),
+        pytest.param("summary.json", b"[" * 100_000, "summary.json must hold JSON", id="deep"),
         ("summary.json", b"[]", "summary.json to write it anew from the last checkpoint"),
         ("model/config.json", b"{}", "is corrupt: config.json must have"),
         ("model/complete.json", b"", "is corrupt: complete.json cannot be read"),
@@ -194,6 +205,37 @@ def test_a_damaged_finished_run_is_one_line(name, content, message, finished, tm
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     assert again(monkeypatch, arguments, folder) == 2
     assert message in one_line(capsys)
+
+
+def test_a_damaged_archive_of_arrays_is_one_line(tmp_path):
+    """A compression that nobody has, and encryption: zipfile has an error type of its own for each."""
+    np.savez(tmp_path / "held_out.npz", nll=np.ones(3), tokens=np.ones(3))
+    content = (tmp_path / "held_out.npz").read_bytes()
+    entry = content.index(b"PK\x01\x02")
+    for place, value in ((entry + 10, 99), (entry + 8, 1), (entry + 6, 255)):
+        (tmp_path / "held_out.npz").write_bytes(content[:place] + bytes([value]) + content[place + 1 :])
+        with pytest.raises(Misuse, match=r"held_out\.npz must hold the losses of a finished run"):
+            read_losses(tmp_path)
+
+
+@pytest.mark.parametrize("line", ['{"step": "3", "tokens": 1, "loss": 1}', '{"step": 3, "tokens": "1", "loss": "2"}'])
+def test_words_where_metrics_have_numbers_are_no_point(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1, "tokens": 8, "loss": 2.5}}\n{line}\n')
+    assert [point.step for point in learning_curve(path)] == [1]
+    assert keep_metrics_until(path, 9) == {1}
+
+
+def test_a_library_that_cannot_write_is_an_os_error(tmp_path):
+    def sqlite() -> None:
+        with sqlite3.connect("/dev/full") as connection:
+            connection.execute("create table a (b)")
+
+    for write in (sqlite, lambda: Tokenizer(BPE()).save("/dev/full")):
+        with pytest.raises(OSError, match=re.escape(str(tmp_path))), failures_as_os_errors(tmp_path):
+            write()
+    with pytest.raises(ZeroDivisionError), failures_as_os_errors(tmp_path):
+        print(1 / 0)
 
 
 def test_inspect_notices_damaged_weights(finished, tmp_path, monkeypatch, capsys):

@@ -180,3 +180,10 @@ def test_shapes_that_no_stock_model_has_are_refused_with_the_reason(changes, nea
     with pytest.raises(Misuse):
         export_stock(small_model(**changes), tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_an_export_over_a_file_is_an_error_that_keeps_the_file(tmp_path):
+    (tmp_path / "stock").write_text("mine")
+    with pytest.raises(FileExistsError):
+        export_stock(small_model(feed_forward=blocks(SOFTMAX, SOFTMAX)), tmp_path / "stock")
+    assert (tmp_path / "stock").read_text() == "mine"

@@ -21,6 +21,7 @@ from moestro.gate.loading import load_model
 from moestro.gate.parsing import parsed
 from moestro.gate.ranges import Positive, Range, Seed, check, shown
 from moestro.gate.visible import make_visible, one_line
+from moestro.gate.writing import failures_as_os_errors
 from moestro.inspection import describe, find, read_text
 from moestro.inspection.texts import DEFAULT_MAX_BYTES as INSPECTED_BYTES
 from moestro.jobs import choose
@@ -200,7 +201,8 @@ def export(folder: Path) -> None:
     """Save the finished model of a run as its stock sibling."""
     finished = str(folder / "model")
     model = load_model(MoestroForCausalLM, finished, f"the finished model in {finished} cannot be read")
-    export_stock(model, folder / "stock")
+    with failures_as_os_errors(folder / "stock"):
+        export_stock(model, folder / "stock")
 
 
 def slug(recipes: tuple[str, ...] | list[str]) -> str:

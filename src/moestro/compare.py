@@ -13,6 +13,7 @@ from rich.console import Console
 import moestro
 from moestro.attempts import Attempt
 from moestro.comparison import Budget, Comparison, Data, FailedRun, RecipeResult, Run, Sweep
+from moestro.data.building import ALL
 from moestro.data.decontamination import overlap_notes
 from moestro.data.preparation import PreparedData
 from moestro.jobs import Jobs, make_all
@@ -143,8 +144,8 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run | FailedRun]], data: Prepa
         command=the_plan.command,
         budget=budget(the_plan, results),
         data=describe_data(data),
-        gzip_bits_per_byte=data.gzip_bits_per_byte["all"],
-        gzip_domains={name: bits for name, bits in data.gzip_bits_per_byte.items() if name != "all"},
+        gzip_bits_per_byte=data.gzip_bits_per_byte[ALL],
+        gzip_domains={name: bits for name, bits in data.gzip_bits_per_byte.items() if name != ALL},
         environment=environment(),
         seeds=the_plan.seeds,
         recipes=tuple(results),

@@ -44,7 +44,7 @@ def read_record(kind: type[Kind], path: Path) -> Kind:
         return loads(kind, path.read_text(encoding="utf-8"))
     except Misuse as error:
         raise Misuse(f"{path}: {error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4,300 digits
         raise Misuse(f"{path} must hold JSON: {error}") from None
 
 

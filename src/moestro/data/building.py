@@ -30,6 +30,9 @@ _ARRAYS = ("tokens.npy", "starts.npy", "domain.npy", "bytes.npy")
 _EXPECTED = ("gzip.json", *(f"{side}/{name}" for side in ("train", "held_out") for name in _ARRAYS))
 _TOKENIZER = "tokenizer/tokenizer.json"
 
+ALL = ""
+"""Stands for all domains among the names of domains, of which none is empty."""
+
 Tokenizer = PreTrainedTokenizerBase | int  # one that is given, or the vocabulary of one to train
 
 
@@ -40,7 +43,7 @@ def find(cache: Path, inventory: str | None) -> tuple[str, dict[str, Any]] | Non
     try:
         known = json.loads(_known(cache, inventory).read_text())
         key, facts = known["key"], known["facts"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return (key, facts) if is_whole(folder_of(cache, key)) else None
 
@@ -162,9 +165,15 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     yield batch
 
 
+def gzip_bits_per_byte(folder: Path) -> dict[str, float]:
+    """Read gzip's figures from a cache folder. Earlier folders named ALL "all", which may also be a domain's name."""
+    stored = json.loads((folder / "gzip.json").read_text())
+    return stored if ALL in stored else {ALL if name == "all" else name: bits for name, bits in stored.items()}
+
+
 def _gzip_bits_per_byte(corpus: Corpus) -> dict[str, float]:
-    """Return the bits per byte of gzip -9 on the held-out text: a baseline that a language model should beat."""
+    """Return the bits per byte of gzip -9 on the held-out text, per domain and of ALL: a baseline for any model."""
     texts = {domain: [d.text for d in corpus.held_out if d.domain == domain] for domain in corpus.domains}
-    texts["all"] = [document.text for document in corpus.held_out]
+    texts[ALL] = [document.text for document in corpus.held_out]
     joined = {name: "".join(parts).encode() for name, parts in texts.items() if parts}
     return {name: 8 * len(gzip.compress(data, 9, mtime=0)) / len(data) for name, data in joined.items()}

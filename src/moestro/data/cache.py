@@ -13,6 +13,7 @@ from typing import Any
 
 from moestro.errors import Misuse
 from moestro.gate.paths import user_path
+from moestro.gate.writing import failures_as_os_errors
 
 CHECKSUMS = "checksums.json"
 _BUILDING = ".building-"
@@ -59,7 +60,8 @@ def workplace(parent: Path, name: str) -> Iterator[Path]:
         raise Misuse(f"the cache folder {parent} must be writable (or set MOESTRO_CACHE): {error}") from error
     interrupted = False
     try:
-        yield place
+        with failures_as_os_errors(parent):
+            yield place
     except KeyboardInterrupt:
         interrupted = True
         raise
@@ -90,7 +92,7 @@ def is_whole(folder: Path) -> bool:
         sealed = json.loads((folder / CHECKSUMS).read_text())
         files = dict(_files(folder))
         return files.keys() == sealed.keys() and all(_is_same(path, sealed[name]) for name, path in files.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
 
 

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from moestro.errors import Misuse
 from moestro.gate.loading import one_misuse
 
 Message: TypeAlias = Mapping[str, Any]
@@ -13,6 +14,10 @@ Message: TypeAlias = Mapping[str, Any]
 
 CHAT_COLUMNS = (("messages",), ("conversations",), ("conversation",), ("prompt", "completion"))
 """Columns that hold a chat, in the order of preference."""
+
+LARGEST_GROWTH, LONGEST_FRAME = 64, 2**20
+"""A chat template may multiply a chat's characters and then add others: the words around it, such as a system prompt.
+"""
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
 _PAIR = {"prompt": "user", "completion": "assistant"}
@@ -50,10 +55,15 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], so
     """Return a chat in the tokenizer's chat template.
 
     Raises:
-        Misuse: the template refuses the chat (some do if roles do not alternate); `source` names the row.
+        Misuse: the template refuses the chat (some do if roles do not alternate), or makes it longer by more than 64
+            times and a Mi of characters; `source` names the row.
     """
     with one_misuse(f"{source} must fit the tokenizer's chat template"):
-        return cast(str, tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
+        text = cast(str, tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
+    most = LARGEST_GROWTH * len(plain(messages)) + LONGEST_FRAME
+    if len(text) > most:
+        raise Misuse(f"{source} must have at most {most:,} characters in the chat template, got {len(text):,}")
+    return text
 
 
 def _is_message(value: object) -> bool:

@@ -120,7 +120,7 @@ def _matches(matches: list[Path], place: str, label: str | None, left_out: LeftO
             real = (os.path.realpath(match.parent), match.name)
             if real not in files:
                 files.add(real)
-                yield from _chosen(match, label or match.resolve().parent.name, left_out)
+                yield from _chosen(match, label or match.resolve().parent.name or "root", left_out)
         elif match.is_dir() and "**" not in place:  # `**` already lists what lies in the folders that it matches
             yield from _walk(match, label, left_out, seen)
 
@@ -168,7 +168,7 @@ def _saved_shards(folder: Path) -> set[str] | None:
     try:
         state = json.loads((folder / "state.json").read_text())
         return {entry["filename"] for entry in state["_data_files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -94,6 +94,7 @@ class _Values:
         self.window = start
         self.at = 0
         self.number = 1
+        self.expansion = Expansion(path)
         self.decode = json.JSONDecoder().raw_decode
 
     def __iter__(self) -> Iterator[object]:
@@ -140,6 +141,7 @@ class _Values:
                     raise self._error(error) from error
             else:
                 self.number += 1
+                self.expansion.add(ROW_COST)
                 return value
 
     def _error(self, reason: Exception | str) -> Misuse:

@@ -1,6 +1,5 @@
 """From what the user names to rows of tokens: read, split, tokenise, pack; cached by content."""
 
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from jaxtyping import Integer
 from transformers import PreTrainedTokenizerBase
 
 from moestro.data import standard_library
-from moestro.data.building import LAYOUT, build, find, folder_of, identity
+from moestro.data.building import LAYOUT, build, find, folder_of, gzip_bits_per_byte, identity
 from moestro.data.cache import default_cache_dir
 from moestro.data.corpus import HELD_OUT_FRACTION, MAX_HELD_OUT_BYTES, check_limits, load_corpus
 from moestro.data.decontamination import overlap_notes
@@ -41,7 +40,7 @@ class PreparedData:
     domains: tuple[str, ...]  # the name of each `domain` id
     hash: str  # of texts, split, order and tokenizer; not of the sequence length
     description: dict[str, Any]  # what a report says of the data; JSON
-    gzip_bits_per_byte: dict[str, float]  # per domain and "all": gzip -9 on the held-out text in the model's order
+    gzip_bits_per_byte: dict[str, float]  # per domain and of ALL: gzip -9 on the held-out text in the model's order
     held_out_bytes: Integer[np.ndarray, " documents"]  # of each held-out document, in UTF-8
     held_out_domain: Integer[np.ndarray, " documents"]
 
@@ -100,7 +99,7 @@ def prepare(
         domains=tuple(facts["domains"]),
         hash=key,
         description=description,
-        gzip_bits_per_byte=json.loads((folder / "gzip.json").read_text()),
+        gzip_bits_per_byte=gzip_bits_per_byte(folder),
         held_out_bytes=held_out.document_bytes,
         held_out_domain=held_out.document_domain,
     )

@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from moestro.data.cache import replace_text
 from moestro.data.sources import Document
+from moestro.gate.writing import failures_as_os_errors
 
 WINDOW = 64 * 1024  # characters; a longer document is cut at line ends
 _DONE = "read.json"  # exists once all documents are added
@@ -164,9 +165,10 @@ def windows(document: Document, limit: int) -> Iterator[Document]:
 
 def spooled(documents: Iterable[Document], folder: Path | None = None) -> Spool:
     """Write all documents to `folder` (None: a temporary one) unless that is complete; return the spool."""
-    spool = Spool(folder)
-    for document in () if spool.complete else documents:
-        spool.add(document)
-    if not spool.complete:
-        spool.finish()
+    with failures_as_os_errors(folder or Path(gettempdir())):
+        spool = Spool(folder)
+        for document in () if spool.complete else documents:
+            spool.add(document)
+        if not spool.complete:
+            spool.finish()
     return spool

@@ -37,11 +37,7 @@ def read_delimited(path: Path, columns: Sequence[str], dialect: type[csv.Dialect
         reader = csv.reader(_lines(path, stream), dialect=dialect, strict=True)
         rows = _cells(path, reader)
         _, header = next(rows, (1, []))
-        chosen = columns_among(header, columns)
-        if header and chosen is None:
-            raise no_column(str(path), columns, header)
-        if len(set(chosen or ())) < len([name for name in header if name in (chosen or ())]):
-            raise Misuse(f"{path} must name each column once, got {' and '.join(chosen or ())} twice")
+        chosen = _choose(path, columns, header) if header else ()
         for line, cells in rows:
             if len(cells) > len(header):
                 raise Misuse(
@@ -49,7 +45,7 @@ def read_delimited(path: Path, columns: Sequence[str], dialect: type[csv.Dialect
                     "a cell that holds the delimiter must be quoted"
                 )
             record = dict(zip(header, cells, strict=False))
-            yield {name: record.get(name) for name in chosen or ()}
+            yield {name: record.get(name) for name in chosen}
 
 
 def _cells(path: Path, reader: Any) -> Iterator[tuple[int, list[str]]]:
@@ -87,7 +83,7 @@ def read_parquet(path: Path, columns: Sequence[str]) -> Records:
         try:
             table = pq.ParquetFile(file)
             schema = table.schema_arrow
-            chosen = _choose(path, columns, schema)
+            chosen = _choose(path, columns, schema.names)
             for group in range(table.metadata.num_row_groups):
                 Expansion(path).add(table.metadata.row_group(group).total_byte_size)  # before it is decompressed
             text = [name for name in chosen if _is_text(schema.field(name).type)]
@@ -107,7 +103,7 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Records:
             is_file = source.read(6) == b"ARROW1"
             source.seek(0)
             reader = pa.ipc.open_file(source) if is_file else pa.ipc.open_stream(source)
-            chosen = list(_choose(path, columns, reader.schema))
+            chosen = list(_choose(path, columns, reader.schema.names))
             batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else iter(reader)
             for batch in batches:
                 part = batch.select(chosen)
@@ -120,10 +116,13 @@ def read_arrow(path: Path, columns: Sequence[str]) -> Records:
             raise Misuse(f"{path} is not a readable Arrow file: {_first_line(error)}") from error
 
 
-def _choose(path: Path, columns: Sequence[str], schema: pa.Schema) -> tuple[str, ...]:
-    chosen = columns_among(schema.names, columns)
+def _choose(path: Path, columns: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns to read among the table's `names`. Raise Misuse unless the table has each exactly once."""
+    chosen = columns_among(names, columns)
     if chosen is None:
-        raise no_column(str(path), columns, schema.names)
+        raise no_column(str(path), columns, names)
+    if repeated := [name for name in dict.fromkeys(chosen) if names.count(name) > 1]:
+        raise Misuse(f"{path} must name each column once, got {' and '.join(repeated)} twice")
     return chosen
 
 
@@ -132,20 +131,32 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _records(batch: pa.RecordBatch, expansion: Expansion) -> Records:
-    columns = [_values(batch.column(name)) for name in batch.schema.names]
+    columns = [_values(batch.column(name), f"{expansion.path}: column {name!r}") for name in batch.schema.names]
     for values in zip(*columns, strict=True):
         expansion.add(ROW_COST + sum(len(value) for value in values if isinstance(value, str)))
         yield dict(zip(batch.schema.names, values, strict=True))
 
 
-def _values(array: pa.Array) -> Iterator[Any]:
+def _values(array: pa.Array, where: str) -> Iterator[Any]:
     """Yield Python values; rows with the same dictionary entry share one string."""
     if not isinstance(array, pa.DictionaryArray):
-        yield from array.to_pylist()
+        yield from _as_python(array, where)
         return
-    shared = array.dictionary.to_pylist()
+    shared = _as_python(array.dictionary, where)
     for index in array.indices.to_pylist():
         yield None if index is None else shared[index]
+
+
+def _as_python(array: pa.Array, where: str) -> list[Any]:
+    """Return Python values. Raise Misuse where there are none, such as for a date after the year 9999."""
+    try:
+        return array.to_pylist()
+    except (pa.ArrowException, UnicodeError):
+        raise
+    except Exception as error:  # OverflowError for a date, ValueError for a repeated field of a struct, and others
+        raise Misuse(
+            f"{where} must hold text (or a list of messages), got values that Python lacks: {error}"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Load configs, tokenizers, models, adapters and data sets. No other module loads them.
+"""Load configs, tokenizers, models, adapters, data sets and arrays. No other module loads them.
 
 Files from strangers control what these libraries do. Their code never runs here: no module named by `auto_map`, no
 pickle, no kernel of the hub. Nothing prompts on the terminal. Any exception of a library becomes one Misuse, and files
@@ -8,11 +8,12 @@ that could exhaust the machine are refused before a library opens them.
 import json
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from moestro.errors import Misuse, TrainingFailed
@@ -110,6 +111,12 @@ def load_rows(name: str, config: str | None, split: str, problem: str) -> Any:
 
     with one_misuse(problem):
         return datasets.load_dataset(name, config, split=split)
+
+
+def load_arrays(path: Path, names: Iterable[str], problem: str) -> dict[str, np.ndarray]:
+    """Load arrays of an .npz file, never a pickle. Raise Misuse, beginning with `problem`, if one cannot be read."""
+    with one_misuse(problem), np.load(path, allow_pickle=False) as stored:
+        return {name: stored[name] for name in names}
 
 
 def check_folder(folder: Path) -> None:

@@ -7,6 +7,7 @@ traits lie between the two is that family's, with the same weights under other n
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,6 +266,7 @@ def export_stock(model: MoestroForCausalLM, folder: str | PathLike[str]) -> None
     The stock model is built without memory of its own and borrows our tensors. Misuse where there is no sibling.
     """
     family = family_of(shape_of(model.config))
+    Path(folder).mkdir(parents=True, exist_ok=True)  # save_pretrained writes nothing, without an error, over a file
     with torch.device("meta"):
         stock = AutoModelForCausalLM.from_config(stock_sibling(model.config))
     state = renamed(model.state_dict(), family.names)

@@ -1,7 +1,6 @@
 """Write the results of a run: each file atomically and the summary last, so that a killed finish can be repeated."""
 
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from moestro.comparison import Run
 from moestro.errors import Misuse
 from moestro.evaluation import Evaluation
+from moestro.gate.loading import load_arrays
+from moestro.gate.writing import failures_as_os_errors
 from moestro.models import MoestroForCausalLM
 from moestro.records import read_record, write_record
 from moestro.training.checkpoints import MARKER, mark_complete, verify
 from moestro.training.runs import SUMMARY
-from moestro.training.writing import failures_as_os_errors
 
 MODEL = "model"
 LOSSES = "held_out.npz"
@@ -76,11 +76,6 @@ def read_finished(folder: Path, console: Console) -> Run | None:
 def read_losses(folder: Path) -> tuple[Float[np.ndarray, " documents"], Int[np.ndarray, " documents"]]:
     """Read (nll, tokens) of each held-out document. Raise Misuse if the file is missing or damaged."""
     path = folder / LOSSES
-    try:
-        with np.load(path) as kept:
-            return kept["nll"], kept["tokens"]
-    except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile) as error:
-        raise Misuse(
-            f"{path} must hold the losses of a finished run ({error}): remove {folder / SUMMARY} to write it anew "
-            "from the last checkpoint"
-        ) from None
+    advice = f"remove {folder / SUMMARY} to write it anew from the last checkpoint"
+    kept = load_arrays(path, ("nll", "tokens"), f"{path} must hold the losses of a finished run ({advice})")
+    return kept["nll"], kept["tokens"]

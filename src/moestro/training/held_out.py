@@ -2,8 +2,7 @@
 
 import logging
 import math
-import zipfile
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -17,7 +16,9 @@ from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
 from moestro.comparison import CurvePoint, HeldOut
 from moestro.data.preparation import PreparedData
+from moestro.errors import Misuse
 from moestro.evaluation import Evaluation, evaluate
+from moestro.gate.loading import load_arrays
 from moestro.models import MoestroForCausalLM
 from moestro.training.recipe import Recipe
 from moestro.training.resume import read_metrics
@@ -118,11 +119,10 @@ class HeldOutCurve:
         if point == 0 or not chosen:
             return {}
         path = self.folder / f"{point}-{rank()}.npz"
-        try:
-            with np.load(path) as kept:
-                before = {layer: torch.from_numpy(kept[layer]).long() for layer in chosen}
-        except (OSError, ValueError, LookupError, EOFError, zipfile.BadZipFile):
-            before = {}
+        before: dict[str, Tensor] = {}
+        with suppress(Misuse):
+            kept = load_arrays(path, chosen, f"{path} cannot be read")
+            before = {layer: torch.from_numpy(choices).long() for layer, choices in kept.items()}
         if [choice.shape for choice in before.values()] != [choice.shape for choice in chosen.values()]:
             logger.warning("%s is lost: the share of choices changed at step %d is unknown", path, step)
             return {}

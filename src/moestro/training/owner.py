@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moestro.adapters.ranks import rank
 from moestro.errors import Misuse
+from moestro.gate.writing import failures_as_os_errors
 from moestro.training.ranks import on_first_rank, together
 
 LOCK = ".lock"
@@ -36,12 +37,8 @@ def owned(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         token = on_first_rank(lambda: hold(folder, stack))
         together(lambda: check_shared(folder, token))
-        try:
+        with failures_as_os_errors(folder):
             yield
-        except OSError as error:
-            if error.errno is not None and error.filename is None:  # errors of a full disk name no file
-                error.filename = str(folder)
-            raise
 
 
 def hold(folder: Path, stack: ExitStack) -> str:

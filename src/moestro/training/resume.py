@@ -1,7 +1,6 @@
 """Resume a run from its newest complete checkpoint, with the metrics up to that step."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from moestro.errors import Misuse
+from moestro.gate.ranges import finite
 from moestro.records import write_atomically
 from moestro.training.checkpoints import checkpoints, last_complete, step_of
 from moestro.training.intervals import steps_per_log
@@ -60,12 +60,21 @@ def readable_metrics(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             values = json.loads(line)
-            numbers = [float(value) for value in values.values()]
-            if all(map(math.isfinite, numbers)) and values.keys() >= {"step", "tokens", "loss"}:
-                found[values["step"]] = values
-        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, RecursionError):
             continue
+        if is_log(values):
+            found[values["step"]] = values
     return [found[step] for step in sorted(found)]
+
+
+def is_log(values: Any) -> bool:
+    """Return whether a line of a metrics file holds finite numbers alone, with whole ones for step and tokens."""
+    return (
+        isinstance(values, dict)
+        and all(type(value) in (int, float) and finite(value) for value in values.values())
+        and (type(values.get("step")), type(values.get("tokens"))) == (int, int)
+        and "loss" in values
+    )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

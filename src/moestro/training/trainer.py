@@ -19,9 +19,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from moestro.adapters import AuxLosses, RoutingMeter
 from moestro.adapters.loss_log import TASK
 from moestro.errors import Diverged, TrainingFailed
+from moestro.gate.writing import failures_as_os_errors
 from moestro.training.checkpoints import last_complete, mark_complete, refuse_non_finite
 from moestro.training.ranks import any_rank, on_first_rank, together
-from moestro.training.writing import failures_as_os_errors
 
 
 class PretrainingTrainer(Trainer):
