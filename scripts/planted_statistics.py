@@ -62,9 +62,9 @@ BUGS = [
     ),
     Bug(
         "comparisons: a run that fails ends all",
-        "compare.py",
-        "return FailedRun(seed=seed, reason=str(error), step=error.step if isinstance(error, Diverged) else None)",
-        "raise",
+        "attempts.py",
+        "except (TrainingFailed, OSError) as error:",
+        "except () as error:",
         "test_failed_runs",
     ),
     Bug(

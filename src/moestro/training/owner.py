@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from moestro.adapters.ranks import rank
 from moestro.errors import Misuse
@@ -19,6 +20,8 @@ from moestro.training.ranks import on_first_rank, together
 LOCK = ".lock"
 SHARED_WITHIN = 10.0
 """Seconds within which every rank must see what the first one wrote."""
+ENDS_WITHIN = 2.0
+"""Seconds within which a killed process has ended."""
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +52,7 @@ def hold(folder: Path, stack: ExitStack) -> str:
     except OSError as error:
         raise Misuse(unusable(folder, error)) from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock(file)
     except BlockingIOError:
         holder = " ".join(file.read(200).split()[:4])
         raise Misuse(
@@ -62,6 +65,18 @@ def hold(folder: Path, stack: ExitStack) -> str:
     file.write(token)
     file.flush()
     return token
+
+
+def lock(file: IO[str]) -> None:
+    """Lock a file. A holder that was killed a moment ago may still be ending: wait for it a little."""
+    until = time.monotonic() + ENDS_WITHIN
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.05)
 
 
 def check_writable(folder: Path) -> None:
