@@ -38,7 +38,7 @@ CASES = {
 def shown(comparison: Comparison, width: int = 100) -> str:
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding="utf-8"), width=width)
-    print_comparison(comparison, console)
+    print_comparison(comparison, console, verbose=True)
     console.file.flush()
     return raw.getvalue().decode()
 

@@ -32,7 +32,7 @@ def with_results(name: str, *results: Screened, chosen: float) -> Comparison:
 def printed(comparison: Comparison, width: int, encoding: str = "utf-8") -> str:
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding=encoding), width=width)
-    print_comparison(comparison, console)
+    print_comparison(comparison, console, verbose=True)
     console.file.flush()
     return raw.getvalue().decode(encoding)
 

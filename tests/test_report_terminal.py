@@ -9,10 +9,10 @@ from moestro.gate.visible import visible
 from moestro.report import print_comparison
 
 
-def _printed(comparison, width: int, encoding: str = "utf-8", **options) -> str:
+def _printed(comparison, width: int, encoding: str = "utf-8", *, verbose: bool = True, **options) -> str:
     raw = io.BytesIO()
     console = Console(file=io.TextIOWrapper(raw, encoding=encoding), width=width, **options)
-    print_comparison(comparison, console)
+    print_comparison(comparison, console, verbose=verbose)
     console.file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -34,6 +34,18 @@ def test_every_width_shows_every_figure(width):
         "± 0.02",
     ):
         assert part in words, part
+
+
+@pytest.mark.parametrize("width", [140, 80, 40])
+def test_the_answer_fits_on_one_screen(width):
+    shown = _printed(make_comparison(), width, verbose=False)
+    assert max(cell_len(line) for line in shown.splitlines()) <= width
+    assert len(shown.splitlines()) <= (40 if width >= 80 else 60)
+    words = " ".join(shown.split())
+    for part in ("fine-grained beats dense", "equivalent", "[0.0230, 0.0379]", "± 0.02", "gzip -9"):
+        assert part in words, part
+    for part in ("perplexity", "at most 5 % of comparisons", "tech docs"):
+        assert part not in words, part
 
 
 def test_recipes_stand_side_by_side_where_they_fit():

@@ -1,6 +1,6 @@
 """The comparison in the terminal: the report's answer and tables, on wide screens and narrow ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -8,7 +8,7 @@ from rich.table import Table
 from moestro.comparison import Comparison, RecipeResult
 from moestro.report import sentences
 from moestro.report.learning_rates import RateTable, rate_table
-from moestro.report.numbers import fixed
+from moestro.report.numbers import ABSENT, fixed
 from moestro.report.printing import in_parts, line, table, text
 from moestro.report.summary import DomainRow, Row, domain_rows, rows
 
@@ -22,8 +22,12 @@ _STYLES: dict[str, str] = {
 }
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the answer, the table, the learning rates, the losses by domain, and what is only noise."""
+def print_comparison(comparison: Comparison, console: Console, *, verbose: bool = False) -> None:
+    """Print the answer, one table and one line per recipe.
+
+    `verbose` adds every figure of each recipe, the losses by learning rate and by domain, what new studies of this size
+    would detect, and the rule of the verdicts.
+    """
     line(console, sentences.headline(comparison), "bold")
     line(console, f"{sentences.budget(comparison)} {sentences.held_out(comparison)}")
     if not comparison.budget.equal:
@@ -31,25 +35,64 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for warning in sentences.warnings(comparison):
         line(console, warning, "bold yellow")
     console.print()
-    results, domains = rows(comparison), domain_rows(comparison)
+    results = rows(comparison)
     names = [row.name for row in results]
-    in_parts(console, lambda part: _results_table(console, [results[i] for i in part]), len(names))
+    if verbose:
+        in_parts(console, lambda part: _results_table(console, [results[i] for i in part]), len(names))
+    else:
+        console.print(_answers_table(console, results))
     line(console, f"gzip -9 on the same text: {fixed(comparison.gzip_bits_per_byte)} bits per byte", "dim")
     console.print()
-    if rates := rate_table(comparison):
-        line(console, "Held-out loss by learning rate, * at its best", "bold")
-        in_parts(console, lambda part: _rates_table(console, names, rates, part), len(names))
-        line(console, sentences.sweep(comparison))
-        if warning := sentences.edge(comparison):
-            line(console, warning, "yellow")
-        console.print()
-    if domains:
+    if comparison.sweep is not None:
+        _print_sweep(comparison, console, names, verbose=verbose)
+    if verbose and (domains := domain_rows(comparison)):
         line(console, "Held-out loss by domain, nats per token", "bold")
         in_parts(console, lambda part: _domain_table(console, names, domains, part), len(names))
     for result in comparison.recipes:
-        _print_verdict(console, comparison, result)
-    if any(result.difference and result.difference.interval for result in comparison.recipes):
+        _print_verdict(console, comparison, result, verbose=verbose)
+    if verbose and any(result.difference and result.difference.interval for result in comparison.recipes):
         line(console, f"{sentences.rule(comparison)} {sentences.beside_intervals(comparison)}", "dim")
+
+
+def _print_sweep(comparison: Comparison, console: Console, names: Sequence[str], *, verbose: bool) -> None:
+    if verbose and (rates := rate_table(comparison)):
+        line(console, "Held-out loss by learning rate, * at its best", "bold")
+        in_parts(console, lambda part: _rates_table(console, names, rates, part), len(names))
+    line(console, sentences.sweep(comparison))
+    if warning := sentences.edge(comparison):
+        line(console, warning, "yellow")
+    console.print()
+
+
+def _answers_table(console: Console, results: Sequence[Row]) -> Table:
+    """One row per recipe, with as many columns as the terminal is wide enough for, the most important ones first."""
+    columns = {
+        "held-out loss": [f"{row.loss} {row.spread}".rstrip() for row in results],
+        "verdict": [row.verdict for row in results],
+        "bits/byte": [row.bits_per_byte for row in results],
+        "failed": [str(len(row.failed)) if row.failed else "" for row in results],
+        "learning rate": [row.learning_rate for row in results],
+        "difference": [row.difference for row in results],
+        "tokens/s": [row.tokens_per_second for row in results],
+        "dead experts": [row.dead_experts for row in results],
+        "MaxVio": [row.max_vio_data for row in results],
+    }
+    shown: list[str] = []
+    unbounded = console.options.update_width(100_000)
+    for title, cells in columns.items():
+        made = _columns_table(console, results, {name: columns[name] for name in (*shown, title)})
+        fits = console.measure(made, options=unbounded).maximum <= console.width
+        if any(cell not in ("", ABSENT) for cell in cells) and (fits or not shown):
+            shown.append(title)
+    return _columns_table(console, results, {name: columns[name] for name in shown})
+
+
+def _columns_table(console: Console, results: Sequence[Row], columns: Mapping[str, Sequence[str]]) -> Table:
+    made = table(console, "recipe", list(columns))
+    for index, row in enumerate(results):
+        cells = [cells[index] for cells in columns.values()]
+        made.add_row(text(console, row.name), *(text(console, cell, _STYLES.get(cell, "")) for cell in cells))
+    return made
 
 
 def _results_table(console: Console, results: Sequence[Row]) -> Table:
@@ -100,11 +143,11 @@ def _domain_table(console: Console, names: Sequence[str], domains: Sequence[Doma
     return made
 
 
-def _print_verdict(console: Console, comparison: Comparison, result: RecipeResult) -> None:
+def _print_verdict(console: Console, comparison: Comparison, result: RecipeResult, *, verbose: bool) -> None:
     if (verdict := sentences.verdict(comparison, result)) is None:
         return
     why = sentences.reason(comparison, result)
     said = f"{verdict} ({why})" if why else verdict
     line(console, f"{result.name}: {sentences.difference(comparison, result)}: {said}", _STYLES[verdict])
-    if noise := sentences.noise(comparison, result):
+    if verbose and (noise := sentences.noise(comparison, result)):
         line(console, f"  {noise}", "dim")
