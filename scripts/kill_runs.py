@@ -257,7 +257,9 @@ def main() -> int:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"MOESTRO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["moestro.cli"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["moestro.commands.work.train", "moestro.commands.work.compare"]
+    )
     corpus = write_corpus(folder / "corpus")
     found = {kind: kills(kind, options.kills, folder, corpus, options.torchrun) for kind in options.only or KINDS}
     print(f"{'kind':<16}{'kills':>6}{'bit-identical':>15}")

@@ -47,10 +47,6 @@ from moestro.training.runs import (
 from moestro.training.trainer import Interruption, PretrainingTrainer
 
 
-class Interrupted(Exception):
-    """The user asked to stop; a checkpoint was written."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What does not change a run's result."""
