@@ -10,6 +10,7 @@ from moestro.errors import Interrupted
 from moestro.inspection.checkpoints import Checkpoint, stored_dtype
 from moestro.inspection.findings import Finding
 from moestro.inspection.measuring import Conditions, RoutingStudy, study
+from moestro.inspection.running import Running
 from moestro.inspection.texts import Text
 from moestro.records import write_record
 from moestro.report.routing_report import write_routing_report

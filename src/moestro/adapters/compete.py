@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from moestro.adapters.ranks import over_ranks
 from moestro.adapters.tap import Rerouted, Tap
-from moestro.competition.responses import responses
+from moestro.competition.responses import check_response, response_of, responses
 from moestro.competition.scaling import DECAY, ResponseStatistics, next_offset, response_sums, scaled, statistics_of
 from moestro.competition.schedule import competes_in_step, competing_tokens
 from moestro.competition.settings import Compete

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moestro.architecture.sub_layers import WIDTH_MULTIPLE, Composition, MoE, SubLayer, equal_within_a_block
+from moestro.architecture.sub_layers import WIDTH_MULTIPLE, Composition, MoE, SubLayer, check_composition
 from moestro.errors import Misuse
 from moestro.gate.ranges import Heads, Vocabulary, Width, check_fields
 
@@ -32,7 +32,7 @@ class Architecture:
         for spec in moes:
             spec.validate()
         for index, block in enumerate(self.blocks):
-            equal_within_a_block(block, self.composition, index)
+            check_composition(block, self.composition, index)
         if self.attention_bias and not self.qk_norm:
             raise Misuse(
                 "attention_bias needs qk_norm (attention without query-key norm has no biases), got qk_norm=False"

@@ -73,7 +73,7 @@ shared-pool: serial, but all MoE sub-layers choose from the same experts (Chain-
 """
 
 
-def equal_within_a_block(block: Sequence[SubLayer], composition: str, index: int) -> None:
+def check_composition(block: Sequence[SubLayer], composition: str, index: int) -> None:
     """Raise Misuse unless the MoE sub-layers of block `index` agree in what the composition needs them to."""
     equal = EQUAL_WITHIN_A_BLOCK.get(composition, ())
     kinds = {tuple(getattr(spec, name) for name in equal) for spec in block if isinstance(spec, MoE)}

@@ -43,13 +43,10 @@ def compare(
         margin: Recipes shown to differ by less than this, in nats per token, are called equivalent.
     """
     check("margin", margin, Positive)
-    check("seeds", seeds, Annotated[int, Range(at_least=0, at_most=1_000)])
-    check("first_seed", first_seed, Seed)
-    check("first_seed and the seeds after it", first_seed + max(seeds, 1) - 1, Seed)
     chosen = [recipe_flags.recipe(spec) for spec in recipes]
     the_plan = plan(
         chosen,
-        seeds=range(first_seed, first_seed + seeds),
+        seeds=counted(first_seed, seeds),
         match=match,
         allow_unequal=allow_unequal,
         command=["moestro", *sys.argv[1:]],
@@ -66,3 +63,11 @@ def compare(
         print_commands(the_plan, folder, recipe_flags, data_flags, run_flags)
         return
     compare_recipes(the_plan, folder, data_flags=data_flags, job_flags=job_flags, run_flags=run_flags)
+
+
+def counted(first_seed: int, seeds: int) -> range:
+    """Return the seeds of the comparison; raise Misuse if there are too many or one is out of range."""
+    check("seeds", seeds, Annotated[int, Range(at_least=0, at_most=1_000)])
+    check("first_seed", first_seed, Seed)
+    check("first_seed and the seeds after it", first_seed + max(seeds, 1) - 1, Seed)
+    return range(first_seed, first_seed + seeds)
