@@ -47,7 +47,8 @@ def seconds(arguments: list[str]) -> tuple[float, float]:
 
 
 def main(sizes: Sizes) -> None:
-    print(f"{machine("cpu")}\n\n| command | seconds | of them user time |\n|---|---|---|")
+    print(machine("cpu"))
+    print("\n| command | seconds | of them user time |\n|---|---|---|")
     for arguments in [*WORDS, *(COSTS if sizes.costs else [])]:
         wall, user = zip(*(seconds(arguments) for _ in range(sizes.repeats)), strict=True)
         print(f"| moestro {' '.join(arguments)} | {median(wall):.2f} | {median(user):.2f} |", flush=True)
