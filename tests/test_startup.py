@@ -36,6 +36,7 @@ MISUSES = [
     (["compare", "smoe", "dense:tokens=9999"], "budgets must be equal: tokens differ"),
     (["compare", "smoe", "--margin", "nan"], "margin must be a number above 0, got nan"),
     (["compare", "--sweep", "1e-3", "--learning-rate", "1e-3"], "--sweep chooses every recipe's learning_rate"),
+    (["compare", "smoe", "--jobs", "0"], "jobs must be at least 1, got 0"),
     (["recipes", "--size", "huge"], "unknown size 'huge'"),
     (["inspect"], "name one checkpoint, or two to set side by side, got 0"),
     (["inspect", "a", "--robustness"], "--robustness needs a text"),
