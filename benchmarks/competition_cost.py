@@ -17,7 +17,7 @@ import transformers
 from paired import heads, machine, milliseconds, rounds, start
 
 from moestro import AuxLosses, MoE, MoestroConfig, MoestroForCausalLM
-from moestro.competition import PRESETS
+from moestro.competition.presets import PRESETS
 from moestro.models import PADDED_MM
 
 ARMS = ("without", "ours", "step")

@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moestro import Misuse, RouterRule
-from moestro.competition import PRESETS, preferences, sample_statistics, scaled, strongest
+from moestro.competition.inference import sample_statistics
+from moestro.competition.presets import PRESETS
+from moestro.competition.responses import response_of
+from moestro.competition.scaling import scaled
+from moestro.competition.winners import preferences, strongest
 from moestro.losses import balance_against, distillation, load_share
 from moestro.routers import route
 from moestro.routing import Batch, Competition, LayerRecord, MoELayer
@@ -51,7 +55,7 @@ def row(preset: str, hidden: Tensor, outputs: Tensor, sizes: Sizes) -> list[floa
     rule = settings["compete"]
     every = torch.arange(len(hidden))
     filled = torch.ones_like(every, dtype=torch.bool)
-    response = rule.respond(outputs)
+    response = response_of(rule)(outputs)
     found = sample_statistics(response, rule, sizes.top_k)
     strength = scaled(response, rule.response_scale, found)
     winner = strongest(strength, sizes.top_k)

@@ -22,7 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import moestro
 from moestro import Misuse
 from moestro.agreement import agreement_figures
-from moestro.competition import Compete, preferences, responses, sample_statistics, scaled, strongest
+from moestro.competition.inference import sample_statistics
+from moestro.competition.responses import response_of, responses
+from moestro.competition.scaling import scaled
+from moestro.competition.settings import Compete
+from moestro.competition.winners import preferences, strongest
 from moestro.inspection.texts import packed, read_text
 
 
@@ -48,7 +52,7 @@ def answered(model: nn.Module, rows: Tensor, rule: Compete) -> dict[str, tuple[T
     found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
 
     def look(proposal: moestro.Proposal) -> moestro.Routing:
-        response = responses(proposal.run, proposal.hidden, proposal.layer.num_experts, rule.respond)
+        response = responses(proposal.run, proposal.hidden, proposal.layer.num_experts, response_of(rule))
         seen = (proposal.hidden.float(), response, proposal.routing.expert)
         found.setdefault(proposal.layer.name, []).append(seen)
         return proposal.routing

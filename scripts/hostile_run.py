@@ -60,7 +60,9 @@ def prepared() -> None:
     import peft  # noqa: F401
     import torch._dynamo  # noqa: F401
 
-    import moestro.cli  # noqa: F401
+    import moestro.commands.work.compare
+    import moestro.commands.work.inspect
+    import moestro.commands.work.train  # noqa: F401
 
 
 def attempt(case: Case, folder: Path) -> Outcome:

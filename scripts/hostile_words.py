@@ -216,8 +216,8 @@ def environment(draw: random.Random, folder: Path) -> Case:
 def arguments(draw: random.Random, folder: Path) -> Case:
     """A call of the API with objects that may not fit."""
     import moestro
+    from moestro.inspection.running import Running
     from moestro.perturbations import add_noise
-    from moestro.routing_study import Running
     from moestro.sweep import Grid
     from moestro.training.recipe import Losses, Training
     from moestro.training.recipes import recipe

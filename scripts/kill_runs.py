@@ -257,7 +257,8 @@ def main() -> int:
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     os.environ |= {"MOESTRO_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["moestro.cli"])
+    slow_to_import = ["moestro.commands.work.train", "moestro.commands.work.compare"]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(slow_to_import)
     corpus = write_corpus(folder / "corpus")
     found = {kind: kills(kind, options.kills, folder, corpus, options.torchrun) for kind in options.only or KINDS}
     print(f"{'kind':<16}{'kills':>6}{'bit-identical':>15}")

@@ -20,7 +20,8 @@ from collect_study import measured
 from one_line import one_line
 
 from moestro import Misuse
-from moestro.statistics import Difference, compare_with_first
+from moestro.difference import Difference
+from moestro.statistics import compare_with_first
 
 Run = dict[str, Any]
 

@@ -175,8 +175,8 @@ BUGS = [
     ),
     Bug(
         "tied embeddings counted twice",
-        "models/counting.py",
-        "(1 if config.tie_word_embeddings else 2)",
+        "architecture/counting.py",
+        "(1 if model.tie_word_embeddings else 2)",
         "2",
         "test_counting",
     ),
@@ -562,8 +562,8 @@ BUGS = [
     ),
     Bug(
         "a shared pool counted per sub-layer",
-        "models/counting.py",
-        'if config.composition == "shared-pool":',
+        "architecture/counting.py",
+        'if model.composition == "shared-pool":',
         "if False:",
         "test_counting",
     ),

@@ -195,7 +195,7 @@ BUGS = [
     Bug(
         "competition: answers of experts not counted",
         "training/recipe.py",
-        "return flops + round(share * all_experts_flops_per_token(config))",
+        "return flops + round(share * all_experts_flops_per_token(architecture))",
         "return flops",
         "test_counting",
     ),

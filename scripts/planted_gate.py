@@ -4,6 +4,27 @@ from planted_bug import Bug
 
 BUGS = [
     Bug(
+        "gate: torch is imported before the words are checked",
+        "architecture/model.py",
+        "from dataclasses import dataclass\n",
+        "from dataclasses import dataclass\n\nimport torch\n",
+        "test_startup::test_help_imports_nothing_heavy",
+    ),
+    Bug(
+        "gate: a recipe's losses on competition are not checked from its words",
+        "training/recipe.py",
+        "distillation=self.losses.distillation, diversity=self.losses.diversity)",
+        "distillation=0.0, diversity=0.0)",
+        "test_startup::test_a_misuse_that_the_words_show_imports_nothing_heavy",
+    ),
+    Bug(
+        "gate: sub-layers that cannot be tied are",
+        "architecture/model.py",
+        "check_composition(block, self.composition, index)",
+        "pass",
+        "test_configuration",
+    ),
+    Bug(
         "gate: a tokenizer's own code is offered",
         "gate/loading.py",
         "return AutoTokenizer.from_pretrained(place, trust_remote_code=False)",

@@ -15,8 +15,9 @@ import numpy as np
 import tyro
 from scipy import stats
 
-from moestro.power import ALPHA, POWER, minimum_detectable_effect, minimum_margin
-from moestro.statistics import MARGIN, equivalence_p
+from moestro.difference import ALPHA, MARGIN
+from moestro.power import POWER, minimum_detectable_effect, minimum_margin
+from moestro.statistics import equivalence_p
 
 Array = np.ndarray
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import moestro  # noqa: F401  # registers our backends
+import moestro.models  # noqa: F401  # registers our backends
 from moestro import Dense, MoE, MoestroConfig, MoestroForCausalLM, RouterRule
 
 NEED_CUDA = {"deepgemm", "sonicmoe"}

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from moestro import AuxLosses, Compete, RoutingMeter, observe, reroute
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import agreement_figures
-from moestro.competition import by_competition
-from moestro.competition.scaling import Scale
+from moestro.competition.inference import by_competition
+from moestro.competition.settings import Scale
 
 
 @settings(deadline=None, max_examples=40)

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from competing import OneLayer, batch, observed, run
 from moestro import AuxLosses, Compete, Misuse, observe, reference
-from moestro.competition import PRESETS, sample_statistics, scaled
-from moestro.competition.scaling import Scale, response_sums, statistics_of
+from moestro.competition.inference import sample_statistics
+from moestro.competition.presets import PRESETS
+from moestro.competition.scaling import response_sums, scaled, statistics_of
+from moestro.competition.settings import Scale
 from moestro.losses import distillation
 
 RULES = st.sampled_from(

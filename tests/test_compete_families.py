@@ -11,7 +11,7 @@ from torch import nn
 from competing import observed
 from moestro import AuxLosses, Compete, LayerRecord, Misuse, freeze, observe, reroute
 from moestro.adapters import moe_layers
-from moestro.competition import by_competition
+from moestro.competition.inference import by_competition
 from test_attach_gradients import gradients, lora
 from test_aux_losses import assert_equal
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moestro.competition import competes_in_step, competing_tokens
+from moestro.competition.schedule import competes_in_step, competing_tokens
 from moestro.randomness import content
 from moestro.routing import Batch
 

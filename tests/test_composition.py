@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agreement import CPU_BACKENDS, MARGIN, assert_all_equal, assert_equal, block, gradients, randomise
 from moestro import Dense, MoE, MoestroConfig, MoestroForCausalLM, RouterRule, reference
-from moestro.models.configuration import SubLayer
+from moestro.architecture.sub_layers import SubLayer
 from moestro.models.layers import ConvexMix, Router, SparseMoE
 from moestro.models.modeling import MoestroDecoderLayer
 from moestro.training.initialise import initialise

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from moestro import Dense, Misuse, MoE
-from moestro.models.counting import Count, count_parameters
+from moestro.architecture.counting import Count, count_parameters
 from moestro.planning import TOLERANCE
 from moestro.training.methods import METHODS
 from moestro.training.recipe import Recipe
@@ -28,7 +28,7 @@ SIZES = pytest.mark.parametrize("size", ["tiny", "small"])
 
 
 def parameters(of: Recipe) -> Count:
-    return count_parameters(of.model.config(of.training.sequence_length))
+    return count_parameters(of.model.architecture)
 
 
 def moe_sub_layers(of: Recipe) -> list[MoE]:

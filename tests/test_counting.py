@@ -10,13 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from agreement import small_config
 from moestro import Dense, MoE, MoestroConfig, MoestroForCausalLM, RouterRule
-from moestro.models.configuration import SubLayer
-from moestro.models.counting import (
+from moestro.architecture.counting import (
     count_parameters,
     forward_flops_per_token,
     moe_layer_names,
     training_flops_per_token,
 )
+from moestro.architecture.sub_layers import SubLayer
 from moestro.models.layers import SparseMoE
 from moestro.training.recipes import recipe
 from test_controls import EVERY_SPEC
@@ -82,7 +82,9 @@ def build_without_memory(config: MoestroConfig) -> MoestroForCausalLM:
 
 @given(configs())
 def test_parameters_are_those_of_the_built_model(config):
-    assert count_parameters(config).total == sum(p.numel() for p in build_without_memory(config).parameters())
+    assert count_parameters(config.architecture).total == sum(
+        p.numel() for p in build_without_memory(config).parameters()
+    )
 
 
 @given(configs())
@@ -93,13 +95,15 @@ def test_active_parameters_are_what_multiplies_a_token(config):
     for layer in model.modules():
         if isinstance(layer, SparseMoE):
             active += layer.router.top_k * sum(p[0].numel() for p in layer.experts.parameters())
-    assert count_parameters(config).active == active
+    assert count_parameters(config.architecture).active == active
 
 
 @given(configs())
 def test_moe_layers_have_the_names_of_modules(config):
     model = build_without_memory(config).model
-    assert moe_layer_names(config) == [n for n, module in model.named_modules() if isinstance(module, SparseMoE)]
+    assert moe_layer_names(config.architecture) == [
+        n for n, module in model.named_modules() if isinstance(module, SparseMoE)
+    ]
 
 
 @given(configs(), st.integers(1, 7))
@@ -111,7 +115,7 @@ def test_flops_are_those_that_torch_counts(config, length):
     ids = torch.randint(config.vocab_size, (2, length))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(ids)
-    assert counter.get_total_flops() == 2 * length * forward_flops_per_token(config, length)
+    assert counter.get_total_flops() == 2 * length * forward_flops_per_token(config.architecture, length)
 
 
 def test_training_costs_three_forward_passes():
@@ -122,7 +126,7 @@ def test_training_costs_three_forward_passes():
     model.set_attn_implementation("eager")
     with FlopCounterMode(display=False) as counter:
         model(torch.randint(64, (2, 7))).logits.sum().backward()
-    assert counter.get_total_flops() == 2 * 7 * training_flops_per_token(config, 7)
+    assert counter.get_total_flops() == 2 * 7 * training_flops_per_token(config.architecture, 7)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_answers_of_all_experts_are_counted(variant):
             model(input_ids=(ids := torch.randint(512, (2, 64))), labels=ids).loss.backward()
             aux.step()
     assert counter.get_total_flops() == 8 * 128 * chosen.training_flops()
-    without = training_flops_per_token(model.config, 64)
+    without = training_flops_per_token(model.config.architecture, 64)
     of_experts = 4 * 16 * 2 * 3 * 128 * 128  # layers, experts, multiply and add, matrices
     assert chosen.training_flops() - without == of_experts * (0.25 / 2 if resting else 1 / 32)
 
@@ -157,12 +161,16 @@ def test_answers_of_all_experts_are_counted(variant):
     ],
 )
 def test_parameters_of_every_recipe_are_those_of_its_model(spec, size):
-    config = recipe(spec, size).model.config(512)
-    assert count_parameters(config).total == sum(p.numel() for p in build_without_memory(config).parameters())
+    model = recipe(spec, size).model
+    config = model.config(512)
+    assert model.architecture == config.architecture
+    assert count_parameters(config.architecture).total == sum(
+        p.numel() for p in build_without_memory(config).parameters()
+    )
 
 
 def test_tied_embeddings_count_once():
-    tied, untied = (count_parameters(small_config(tie_word_embeddings=tie)) for tie in (True, False))
+    tied, untied = (count_parameters(small_config(tie_word_embeddings=tie).architecture) for tie in (True, False))
     assert untied.total - tied.total == untied.active - tied.active == 64 * 32
 
 
@@ -182,6 +190,6 @@ def test_tied_embeddings_count_once():
 )
 def test_sizes_of_the_cartesian_moe_paper(name, size, total, active):
     """Every figure of Su et al. 2024 (arXiv:2410.16077) within 0.1 %."""
-    count = count_parameters(recipe(name, size).model.config(2048))
+    count = count_parameters(recipe(name, size).model.architecture)
     assert count.total == pytest.approx(total, rel=1e-3)
     assert count.active == pytest.approx(active, rel=1e-3)

@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from agreement import small_model
 from moestro import Compete, MoE, reroute
-from moestro.competition import by_competition
+from moestro.competition.inference import by_competition
 from moestro.data.packing import PackedRows, write_stream
 from moestro.evaluation import evaluate, held_out
 from test_aux_losses import tiny_model

@@ -27,6 +27,7 @@ SMALLEST = {
     "benchmarks/experts_backend.py": f"--layers 1 --experts 4 --expert-width 8 --vocabulary 64 {TINY}",
     "benchmarks/specialise_overhead.py": f"--layers 1 --experts 4 --top-k 2 --expert-width 8 {TINY} --no-memory",
     "benchmarks/preparation.py": "--megabytes 1",
+    "benchmarks/startup.py": "--repeats 1 --no-costs",
     "benchmarks/recipe_steps.py": f"--recipes smoe dense --size tiny {TINY[12:]} --no-memory",
     "examples/competition_theory.py": "--sizes 1000 3000 --experts 2 --replications 2 --em-steps 2 --steps 10",
     "scripts/stock_aux_loss.py": "--cuts 1 2",
@@ -65,6 +66,7 @@ WRONG = {
         ("--expert-width 12", "--expert-width must be a multiple of 8, got 12"),
     ],
     "benchmarks/preparation.py": [("--megabytes 0", "--megabytes must be 1 or more, got 0")],
+    "benchmarks/startup.py": [("--repeats 0", "--repeats must be 1 or more, got 0")],
     "benchmarks/recipe_steps.py": [("--recipes none", "unknown recipe 'none'")],
     "benchmarks/router_ceiling.py": [("nowhere --data a=b", "must be the folder of a saved model, got nowhere")],
     "examples/competition_theory.py": [

@@ -19,8 +19,8 @@ from moestro.data.sources import read_source
 from moestro.data.tokenizer import load_tokenizer
 from moestro.errors import Misuse
 from moestro.gate.loading import load_adapter, load_config, load_model
-from moestro.inspection import describe, find
-from moestro.inspection.checkpoints import load, model_class
+from moestro.inspection.checkpoints import find, load, model_class
+from moestro.inspection.findings import describe
 from moestro.training.runs import check_folder
 
 SOURCE = Path(__file__).parent.parent / "src" / "moestro"

@@ -10,7 +10,7 @@ import pytest
 from moestro import AuxLosses, Compete, Dense, Misuse, MoE, MoestroConfig, RouterRule
 from moestro.flags import DataFlags
 from moestro.gate.ranges import Range, Share, check, wrong
-from moestro.routing_study import Running
+from moestro.inspection.running import Running
 from moestro.sweep import Grid
 from moestro.training.recipe import Competing, Losses, Model, Training
 from moestro.training.recipes import recipe

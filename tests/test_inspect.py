@@ -13,12 +13,16 @@ from command_line import moestro
 from inspection_fixture import domains, edit_config, save, tiny, tiny_models, tokenizer
 from moestro.adapters.applicability import trainable
 from moestro.adapters.layers import moe_layers
-from moestro.errors import Misuse
-from moestro.inspection import Conditions, RoutingStudy, describe, find, measuring, read_text
+from moestro.errors import Interrupted, Misuse
+from moestro.inspection import measuring
+from moestro.inspection.checkpoints import find
+from moestro.inspection.findings import describe
+from moestro.inspection.measuring import Conditions, RoutingStudy
 from moestro.inspection.places import spans
+from moestro.inspection.running import Running
+from moestro.inspection.texts import read_text
 from moestro.records import read_record
-from moestro.routing_study import Running, study_routing
-from moestro.training.train import Interrupted
+from moestro.routing_study import study_routing
 
 pytestmark = pytest.mark.xdist_group("inspect")
 PACKAGES = ("mixtral", "deepseek_v3", "gpt_oss", "olmoe", "moestro")

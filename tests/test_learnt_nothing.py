@@ -12,7 +12,8 @@ from command_line import SMALL, moestro, sources, write_corpus
 from comparison_fixture import make_comparison
 from moestro.comparison import Comparison, Run
 from moestro.records import read_record
-from moestro.report import render, sentences
+from moestro.report import sentences
+from moestro.report.html import render
 from moestro.training import held_out
 
 COMPARISON = make_comparison()

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from moestro import Misuse
-from moestro.competition import PRESETS, Compete
+from moestro.competition.presets import PRESETS
+from moestro.competition.settings import Compete
 from moestro.training.fields import leaves
 from moestro.training.methods import METHODS
 from moestro.training.recipe import Competing

@@ -14,9 +14,10 @@ from sklearn.metrics.cluster import expected_mutual_information as sklearn_expec
 from torch import nn
 
 from moestro.adapters import RoutingMeter, moe_layers
+from moestro.architecture.router_rule import RouterRule
 from moestro.information import expected_mutual_information, mutual_information
 from moestro.metrics import no_sums, routing_figures, routing_sums
-from moestro.routers import RouterRule, route
+from moestro.routers import route
 from moestro.routing import Batch, Competition, LayerRecord, MoELayer, Routing
 from moestro.samples import subset
 

@@ -165,7 +165,7 @@ def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         expected[composition] = model(ids).logits.detach()
     torch.save(expected, folder / "expected.pt")
     script = """
-import json, torch, moestro
+import json, torch, moestro.models
 from transformers import AutoModelForCausalLM
 torch.set_num_threads(1)
 expected = torch.load("expected.pt")

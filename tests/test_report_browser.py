@@ -7,7 +7,7 @@ import pytest
 
 from comparison_fixture import HOSTILE, hostile, make_comparison, swept
 from moestro.gate.visible import visible
-from moestro.report import write_report
+from moestro.report.html import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium")

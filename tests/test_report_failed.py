@@ -14,12 +14,14 @@ from moestro.comparison import Comparison, FailedRun
 from moestro.errors import Misuse
 from moestro.gate.visible import visible
 from moestro.records import dumps, loads
-from moestro.report import print_comparison, render, sentences
+from moestro.report import sentences
 from moestro.report.curves import learning_curves
 from moestro.report.forest import forest
 from moestro.report.heatmaps import expert_figures, moe_recipes
+from moestro.report.html import render
 from moestro.report.learning_rates import rate_figure, rate_table
 from moestro.report.summary import rows
+from moestro.report.terminal import print_comparison
 
 WHOLE = competing(swept(make_comparison()))
 ALL = (0, 1, 2)

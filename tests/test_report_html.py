@@ -6,7 +6,7 @@ import pytest
 
 from comparison_fixture import HOSTILE, hostile, make_comparison
 from moestro.gate.visible import visible
-from moestro.report import render, write_report
+from moestro.report.html import render, write_report
 
 
 class Page(HTMLParser):

@@ -14,9 +14,11 @@ from comparison_fixture import HOSTILE, hostile, make_comparison, swept
 from moestro.comparison import Comparison, Screened
 from moestro.errors import Misuse
 from moestro.records import dumps, loads
-from moestro.report import print_comparison, render, sentences
+from moestro.report import sentences
+from moestro.report.html import render
 from moestro.report.learning_rates import rate_figure, rate_table
 from moestro.report.summary import rows
+from moestro.report.terminal import print_comparison
 
 SWEPT = swept(make_comparison())
 

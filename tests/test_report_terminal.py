@@ -6,7 +6,7 @@ from rich.console import Console
 
 from comparison_fixture import HOSTILE, hostile, make_comparison
 from moestro.gate.visible import visible
-from moestro.report import print_comparison
+from moestro.report.terminal import print_comparison
 
 
 def _printed(comparison, width: int, encoding: str = "utf-8", *, verbose: bool = True, **options) -> str:

@@ -6,13 +6,14 @@ from hypothesis import strategies as st
 
 from comparison_fixture import competing, make_comparison
 from moestro.comparison import Comparison
+from moestro.difference import Difference
 from moestro.gate.visible import shortened, visible
 from moestro.report import sentences
 from moestro.report.learnt import Cell, learnt_rows
 from moestro.report.numbers import decimals_for, fixed, mean, memory, metric, signed
 from moestro.report.summary import domain_rows, rows
 from moestro.report.text import plotly_label
-from moestro.statistics import Difference, compare_with_first
+from moestro.statistics import compare_with_first
 
 
 @pytest.mark.parametrize(

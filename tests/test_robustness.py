@@ -16,8 +16,9 @@ from agreement import randomise, small_model, some_ids
 from command_line import moestro
 from inspection_fixture import domains, own_config, save, tiny_models, tokenizer
 from moestro.adapters import moe_layers
-from moestro.inspection import RobustnessTest, RoutingStudy, read_text
-from moestro.inspection.robustness import NOISE, measure_robustness, planned
+from moestro.inspection.measuring import RoutingStudy
+from moestro.inspection.robustness import NOISE, RobustnessTest, measure_robustness, planned
+from moestro.inspection.texts import read_text
 from moestro.records import read_record
 from moestro.report.routing_robustness import METHOD, limits
 

@@ -13,7 +13,7 @@ from comparison_fixture import make_comparison
 from moestro import Misuse, listing
 from moestro.compare import screened, with_one_dtype
 from moestro.comparison import Comparison, FailedRun, Run, Screened
-from moestro.errors import Diverged, TrainingFailed
+from moestro.errors import Diverged, Interrupted, TrainingFailed
 from moestro.planning import plan, run_folder
 from moestro.records import read_record
 from moestro.sweep import Grid, best, sweep
@@ -21,7 +21,6 @@ from moestro.training import train as training
 from moestro.training.failures import FAILED, noted_divergence
 from moestro.training.recipe import Recipe
 from moestro.training.recipes import recipe
-from moestro.training.train import Interrupted
 
 GRID = Grid(learning_rates=(4e-3, 1e-3, 2e-3))
 RECIPES = [recipe("smoe"), recipe("cartesian")]

@@ -10,17 +10,10 @@ from scipy import stats
 from verdict_simulation import Settings, count, differs, table, within
 from verdict_simulation import holm as holm_of_many
 
+from moestro.difference import ALPHA, MARGIN, Difference
 from moestro.errors import Misuse
-from moestro.power import ALPHA, minimum_detectable_effect, minimum_margin
-from moestro.statistics import (
-    MARGIN,
-    Difference,
-    compare_with_first,
-    equivalence_p,
-    holm,
-    paired_difference,
-    verdict,
-)
+from moestro.power import minimum_detectable_effect, minimum_margin
+from moestro.statistics import compare_with_first, equivalence_p, holm, paired_difference, verdict
 
 FOUND = Difference(
     by_seed=(-0.01, -0.011, -0.012, -0.01),

@@ -1,26 +1,31 @@
-"""moestro: train mixture-of-experts models whose experts really specialise, and prove it."""
+"""moestro: train mixture-of-experts models whose experts really specialise, and prove it.
 
-from moestro.adapters import AuxLosses as AuxLosses
-from moestro.adapters import RoutingCallback as RoutingCallback
-from moestro.adapters import RoutingMeter as RoutingMeter
-from moestro.adapters import freeze as freeze
-from moestro.adapters import observe as observe
-from moestro.adapters import parameter_groups as parameter_groups
-from moestro.adapters import reroute as reroute
-from moestro.competition import Compete as Compete
-from moestro.errors import Misuse as Misuse
-from moestro.errors import TrainingFailed as TrainingFailed
-from moestro.models import Dense as Dense
-from moestro.models import MoE as MoE
-from moestro.models import MoestroConfig as MoestroConfig
-from moestro.models import MoestroForCausalLM as MoestroForCausalLM
-from moestro.models import MoestroModel as MoestroModel
-from moestro.routers import RouterRule as RouterRule
-from moestro.routing import Batch as Batch
-from moestro.routing import Competition as Competition
-from moestro.routing import LayerRecord as LayerRecord
-from moestro.routing import MoELayer as MoELayer
-from moestro.routing import Proposal as Proposal
-from moestro.routing import Routing as Routing
+`moestro.api` lists the public names. It is imported when the first of them is used, not before: it imports torch and
+transformers, and the command line prints help and refuses mistakes without them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moestro.api import *  # noqa: F403
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name (PEP 562)."""
+    if name == "__all__":
+        return list(_public())
+    if name.startswith("_") or name not in (public := _public()):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return public[name]
+
+
+def __dir__() -> list[str]:
+    """Return all public names."""
+    return [*_public(), "__version__"]
+
+
+def _public() -> dict[str, Any]:
+    return {name: value for name, value in vars(import_module("moestro.api")).items() if not name.startswith("_")}

@@ -6,7 +6,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moestro.competition import Compete, preferences, sample_statistics, scaled, strongest
+from moestro.competition.inference import sample_statistics
+from moestro.competition.scaling import scaled
+from moestro.competition.settings import Compete
+from moestro.competition.winners import preferences, strongest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,17 +11,18 @@ import torch
 from rich.console import Console
 
 import moestro
+from moestro.architecture.counting import count_parameters
 from moestro.attempts import Attempt
 from moestro.comparison import Budget, Comparison, Data, FailedRun, RecipeResult, Run, Sweep
 from moestro.data.building import ALL
 from moestro.data.decontamination import overlap_notes
 from moestro.data.preparation import PreparedData
+from moestro.difference import DocumentBootstrap
 from moestro.jobs import Jobs, make_all
-from moestro.models.counting import count_parameters
 from moestro.planning import Plan, recipe_folder, run_folder
 from moestro.records import write_record
-from moestro.report import write_report
-from moestro.statistics import DocumentBootstrap, compare_with_first, document_bootstrap
+from moestro.report.html import write_report
+from moestro.statistics import compare_with_first, document_bootstrap
 from moestro.sweep import Grid, at_rate, sweep, with_chosen
 from moestro.training.environment import environment
 from moestro.training.finish import read_losses
@@ -123,7 +124,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run | FailedRun]], data: Prepa
     differences = [None, *(compare_with_first(losses, margin=the_plan.margin) if len(recipes) > 1 else ())]
     results = []
     for recipe, difference in zip(recipes, differences, strict=True):
-        count = count_parameters(recipe.model.config(recipe.training.sequence_length))
+        count = count_parameters(recipe.model.architecture)
         results.append(
             RecipeResult(
                 name=recipe.name,

@@ -8,8 +8,8 @@ Every number is finite; what could not be measured is None, `null` in the file (
 from dataclasses import dataclass, field
 from typing import Literal
 
+from moestro.difference import Difference, DocumentBootstrap
 from moestro.errors import Misuse
-from moestro.statistics import Difference, DocumentBootstrap
 
 SETTLED_STEPS = 100
 """Optimiser steps after which a run must beat the loss of token frequencies."""

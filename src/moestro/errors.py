@@ -1,4 +1,4 @@
-"""The two ways in which moestro says no."""
+"""How moestro says no, and how it says that it was stopped."""
 
 
 class Misuse(ValueError):
@@ -20,3 +20,12 @@ class Diverged(TrainingFailed):
     ):  # keyword with a default: unpickling on another rank passes the message alone
         super().__init__(message)
         self.step = step
+
+
+class Interrupted(Exception):
+    """The user asked to stop; a checkpoint was written."""
+
+
+def is_shared(error: BaseException) -> bool:
+    """Return whether all ranks raise this error (`moestro.training.ranks.shared` marked it)."""
+    return "rank" in vars(error)

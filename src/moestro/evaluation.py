@@ -20,7 +20,8 @@ from moestro.adapters.reroute import reroute
 from moestro.adapters.responses import ResponseMeter
 from moestro.agreement import AgreementFigures
 from moestro.comparison import CompetedLoss, DomainLoss, HeldOut, LayerStatistics
-from moestro.competition import Compete, by_competition
+from moestro.competition.inference import by_competition
+from moestro.competition.settings import Compete
 from moestro.data.packing import PackedRows
 from moestro.joint_routing import JointFigures
 from moestro.metrics import RoutingFigures

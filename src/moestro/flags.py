@@ -1,25 +1,18 @@
 """Flags that several commands share."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
-from moestro.data.corpus import MAX_HELD_OUT_BYTES
-from moestro.data.preparation import PreparedData, prepare
-from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Misuse
 from moestro.gate.ranges import Bytes, Range, check_fields, either, shown
 from moestro.sweep import Grid
 from moestro.training.estimate import check_memory
 from moestro.training.recipe import Recipe
 from moestro.training.recipes import recipe
-
-DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 48 * 2**10
-"""Byte limits per domain of the default corpus, so that its largest domain does not dominate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,27 +35,6 @@ class DataFlags:
         check_fields(self)
         if not all(self.text_column.split("+")):
             raise Misuse(f"text_column must be a column's name, or several joined by +, got {shown(self.text_column)}")
-
-    def prepare(self, recipe: Recipe) -> PreparedData:
-        """Prepare the data for one recipe."""
-        t = recipe.training
-        train, held_out = (None, MAX_HELD_OUT_BYTES) if self.data else (DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES)
-        return prepare(
-            self.data,
-            tokenizer=recipe.model.vocab_size if self.tokenizer is None else self.tokenizer,
-            sequence_length=t.sequence_length,
-            text_column=self.text_column,
-            max_bytes=train if self.max_bytes is None else self.max_bytes,
-            max_held_out_bytes=held_out if self.max_held_out_bytes is None else self.max_held_out_bytes,
-            block_diagonal=t.block_diagonal,
-        )
-
-    def fit(self, recipes: Sequence[Recipe], data: PreparedData) -> list[Recipe]:
-        """Return the recipes with the vocabulary size of a given tokenizer; one trained here has the recipe's size."""
-        if self.tokenizer is None:
-            return list(recipes)
-        vocabulary = vocabulary_size(data.tokenizer)
-        return [replace(recipe, model=replace(recipe.model, vocab_size=vocabulary)) for recipe in recipes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,11 +132,20 @@ class RunFlags:
 
     def check(self, recipes: Sequence[Recipe]) -> None:
         """Raise Misuse, before any work, unless the trackers are installed and the models fit this machine's memory."""
-        for name in self.report_to:
-            if name not in (known := [*INTEGRATION_TO_CALLBACK, "all", "none"]):
-                raise Misuse(f"--report-to must be {either(known)}, got {shown(name)}")
-            if name not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
-                raise Misuse(
-                    f"--report-to {name} needs a package that is not installed: install {name}, or leave it out"
-                )
+        if self.report_to:
+            check_trackers(self.report_to)
         check_memory(recipes)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise Misuse unless transformers knows these experiment trackers and their packages are installed."""
+    from transformers.integrations.integration_utils import (  # slow to import, and rarely needed
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in names:
+        if name not in (known := [*INTEGRATION_TO_CALLBACK, "all", "none"]):
+            raise Misuse(f"--report-to must be {either(known)}, got {shown(name)}")
+        if name not in (*get_available_reporting_integrations(), "all", "none", "flyte"):
+            raise Misuse(f"--report-to {name} needs a package that is not installed: install {name}, or leave it out")

@@ -25,11 +25,11 @@ from rich.console import Console
 from moestro.attempts import Attempt, make
 from moestro.comparison import FailedRun, Run
 from moestro.data.preparation import PreparedData
-from moestro.errors import Misuse
+from moestro.errors import Interrupted, Misuse
 from moestro.training.estimate import memory_bytes
 from moestro.training.progress import ProgressBars
 from moestro.training.recipe import Recipe
-from moestro.training.train import Interrupted, Options
+from moestro.training.train import Options
 
 PROCESS_BYTES = 600_000_000
 """Memory of a worker with its libraries, before it builds a model."""

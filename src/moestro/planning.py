@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from moestro.architecture.counting import count_parameters
+from moestro.difference import MARGIN, check_margin
 from moestro.errors import Misuse
-from moestro.models.counting import count_parameters
-from moestro.statistics import MARGIN, check_margin
 from moestro.sweep import Grid
 from moestro.training.recipe import Recipe
 
@@ -95,7 +95,7 @@ def unequal(recipes: Sequence[Recipe], match: str) -> list[str]:
     Active parameters must agree between all recipes; total ones between those with experts (a dense model has no idle
     parameters to add).
     """
-    counts = {r.name: count_parameters(r.model.config(r.training.sequence_length)) for r in recipes}
+    counts = {r.name: count_parameters(r.model.architecture) for r in recipes}
     sparse = {name: count for name, count in counts.items() if count.total != count.active}
     quantities: list[tuple[str, dict[str, float], float]] = [
         ("active parameters", {name: count.active for name, count in counts.items()}, TOLERANCE),

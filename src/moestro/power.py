@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize, special, stats
 
+from moestro.difference import ALPHA
 from moestro.errors import Misuse
 
-ALPHA = 0.05
 POWER = 0.8
 _QUANTILES = 250
 """Quantiles per integral over deviations; the power is accurate to 0.001."""

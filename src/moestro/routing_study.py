@@ -1,41 +1,22 @@
 """`moestro inspect --data`: models run over a text on this machine; routing.json and report.html."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 import moestro
-from moestro.gate.ranges import BatchTokens, Length, check_fields
-from moestro.inspection import Checkpoint, Conditions, Finding, RoutingStudy, Text, stored_dtype, study
+from moestro.errors import Interrupted
+from moestro.inspection.checkpoints import Checkpoint, stored_dtype
+from moestro.inspection.findings import Finding
+from moestro.inspection.measuring import Conditions, RoutingStudy, study
+from moestro.inspection.running import Running
+from moestro.inspection.texts import Text
 from moestro.records import write_record
 from moestro.report.routing_report import write_routing_report
 from moestro.training.environment import environment
 from moestro.training.owner import owned
 from moestro.training.precision import faster_dtype
-from moestro.training.train import Interrupted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """How to run the models."""
-
-    tokenizer: str | None = None
-    """Folder or name of a tokenizer of transformers. Default: each checkpoint's own."""
-    sequence_length: Length | None = None
-    """Default: 512, or what the model can take."""
-    batch_tokens: BatchTokens = 4096
-    """Tokens that run at once; MaxVio within a batch depends on it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation. auto: bfloat16 where this machine gains by it."""
-    robustness: bool = False
-    """Also run the text with each token's first expert disabled, in every layer singly and in all, with random experts
-    in its place, and with noise on the router's logits: one pass for each."""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def study_routing(

@@ -8,7 +8,7 @@ from torch import nn
 
 from moestro.adapters.tap import Tap
 from moestro.adapters.wrappers import held_by, inner_model, plain_name
-from moestro.competition import Compete
+from moestro.competition.settings import Compete
 from moestro.errors import Misuse
 from moestro.routing import MoELayer
 

@@ -33,7 +33,7 @@ from moestro.adapters.tap import Pass
 from moestro.adapters.trainers import to_trainer
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.adapters.wrappers import inner_model
-from moestro.competition import Compete
+from moestro.competition.settings import Compete, check_lessons
 from moestro.errors import Misuse, TrainingFailed
 from moestro.gate.ranges import Number, Positive, Weight, check_fields, shown
 from moestro.losses import DistillationForm, DiversityForm, OrthogonalityForm, VarianceForm
@@ -122,10 +122,7 @@ class AuxLosses:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.compete is None and (self.distillation or self.diversity):
-            raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
-        if self.diversity and self.compete is not None and not self.compete.forward:
-            raise Misuse("diversity looks at winners that run: set forward, or diversity to 0")
+        check_lessons(self.compete, distillation=self.distillation, diversity=self.diversity)
 
     def over(self, name: str) -> Over | None:
         """Return over which tokens a loss takes its statistic; None if it has no statistic."""

@@ -15,19 +15,11 @@ from torch import Tensor, nn
 
 from moestro.adapters.ranks import over_ranks
 from moestro.adapters.tap import Rerouted, Tap
-from moestro.competition import (
-    Compete,
-    ResponseStatistics,
-    competes_in_step,
-    competing_tokens,
-    preferences,
-    responses,
-    shares,
-    strongest,
-    to_winners,
-    used_slots,
-)
-from moestro.competition.scaling import DECAY, next_offset, response_sums, scaled, statistics_of
+from moestro.competition.responses import check_response, response_of, responses
+from moestro.competition.scaling import DECAY, ResponseStatistics, next_offset, response_sums, scaled, statistics_of
+from moestro.competition.schedule import competes_in_step, competing_tokens
+from moestro.competition.settings import Compete
+from moestro.competition.winners import preferences, shares, strongest, to_winners, used_slots
 from moestro.errors import Misuse, TrainingFailed
 from moestro.randomness import content, hashed, number_of
 from moestro.routing import Batch, Competition, MoELayer, Routing
@@ -122,10 +114,9 @@ class Competitor:
             return None
         token, filled, key = self.competing(batch)
         read_with_graph(tap.layer.experts)
-        response = responses(
-            lambda part: tap.answers(part, None, *args), hidden.detach()[token], self.layer.num_experts, rule.respond
-        )
-        rule.check(response)
+        answers = lambda part: tap.answers(part, None, *args)
+        response = responses(answers, hidden.detach()[token], self.layer.num_experts, response_of(rule))
+        check_response(rule, response)
         finite = response.isfinite().all(-1)  # one number that overflowed would be in the statistics for good
         counts = torch.stack([filled.sum(), (filled & ~finite).sum()])
         self.counts = counts if self.counts is None else self.counts + counts
@@ -175,7 +166,7 @@ class Competitor:
             return to_winners(proposed, token, used, winner, shares(strength, rule.weights, rule.temperature, scores))
 
         def weigh(outputs: Float[Tensor, "tokens k dim"]) -> Float[Tensor, "tokens k"]:
-            response = rule.respond(outputs[token].float())
+            response = response_of(rule)(outputs[token].float())
             return by(scaled(response, rule.response_scale, self.statistics, winner)).weight
 
         routing = by(strength.gather(-1, winner))

@@ -11,7 +11,10 @@ from moestro.adapters.meter import SAMPLE
 from moestro.adapters.tap import TAP, Tap
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.agreement import AgreementFigures, agreement_figures
-from moestro.competition import Compete, ResponseStatistics, responses, sample_statistics
+from moestro.competition.inference import sample_statistics
+from moestro.competition.responses import response_of, responses
+from moestro.competition.scaling import ResponseStatistics
+from moestro.competition.settings import Compete
 from moestro.routing import LayerRecord, MoELayer
 from moestro.samples import sample_places
 
@@ -47,7 +50,7 @@ class ResponseMeter:
             return
 
         with torch.random.fork_rng([] if record.hidden.device.type == "cpu" else [record.hidden.device]):
-            response = responses(tap.answers, record.hidden[token], layer.num_experts, self.rule.respond)
+            response = responses(tap.answers, record.hidden[token], layer.num_experts, response_of(self.rule))
         self._response[layer.name].append(response.cpu())
         self._chosen[layer.name].append(record.proposed.expert[token].long().cpu())
 

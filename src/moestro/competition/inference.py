@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moestro.competition.responses import responses
+from moestro.competition.responses import response_of, responses
 from moestro.competition.scaling import (
     ResponseStatistics,
     deviation_within,
@@ -61,7 +61,7 @@ def by_competition(rule: Compete, statistics: Mapping[str, ResponseStatistics] |
             raise Misuse(f"statistics of responses lack {layer.name}")
         if rule.weights == "router" and proposed.scores is None:
             raise Misuse(f"weights = router needs a router with scores, but the router of {layer.name} has none")
-        response = responses(proposal.run, proposal.hidden, layer.num_experts, rule.respond)
+        response = responses(proposal.run, proposal.hidden, layer.num_experts, response_of(rule))
         strength = scaled(response, rule.response_scale, None if statistics is None else statistics[layer.name])
         winner = strongest(strength, proposed.expert.shape[1])
         scores = None if proposed.scores is None else proposed.scores.gather(-1, winner)

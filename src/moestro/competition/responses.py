@@ -8,16 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from moestro.competition.amounts import rows_at_once
+from moestro.competition.settings import NAMES, Compete, Response
 from moestro.errors import Misuse
 
 Run = Callable[[Float[Tensor, "some dim"]], Float[Tensor, "some experts out"]]
 """Runs all of a layer's experts on any tokens."""
-
-NUMBERS, ROWS = 2**22, 256
-"""Of experts' outputs so many numbers are held at once; but at least so many tokens' outputs, for each part reads (and
-casts) the weights of all experts."""
-
-Response = Callable[[Float[Tensor, "*rows dim"]], Float[Tensor, "*rows"]]
 
 
 def l2(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
@@ -53,9 +49,24 @@ def sigmoid(output: Float[Tensor, "*rows dim"]) -> Float[Tensor, "*rows"]:
     return output.sigmoid().mean(-1)
 
 
-RESPONSES: Mapping[str, Response] = MappingProxyType({f.__name__: f for f in (l2, rms, softplus, relu, silu, sigmoid)})
-POSITIVE = frozenset({"l2", "rms", "softplus", "relu", "sigmoid"})
-"""Those that are never negative, so that a winner's part of their sum is one."""
+RESPONSES: Mapping[str, Response] = MappingProxyType(
+    dict(zip(NAMES, (l2, rms, softplus, relu, silu, sigmoid), strict=True))
+)
+
+
+def response_of(rule: Compete) -> Response:
+    """Return the rule's response as a function."""
+    return RESPONSES[rule.response] if isinstance(rule.response, str) else rule.response
+
+
+def check_response(rule: Compete, response: Float[Tensor, "competing experts"]) -> None:
+    """Raise Misuse if a function of one's own is below 0 and its logarithm is asked for."""
+    own = callable(rule.response) and rule.response_scale == "log"
+    if own and not torch.compiler.is_compiling() and bool((response < 0).any()):
+        raise Misuse(
+            f"response_scale = log needs a response that is never negative, got {response.min():.3g}: set it to "
+            "standard"
+        )
 
 
 @torch.no_grad()
@@ -76,8 +87,3 @@ def responses_to(output: Float[Tensor, "some experts out"], respond: Response) -
             f"response must make {tuple(output.shape[:-1])} numbers of {tuple(output.shape)} outputs, got {got}"
         )
     return found.float()
-
-
-def rows_at_once(num_experts: int, dim: int) -> int:
-    """Tokens that all experts answer together."""
-    return max(ROWS, NUMBERS // (num_experts * dim))

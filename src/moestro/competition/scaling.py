@@ -6,15 +6,12 @@ wins more often than others all the same, an offset takes away.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Scale = Literal["none", "mean", "standard", "log"]
-"""Responses as they are; over each expert's running mean; less that mean, over its running standard deviation; the same
-of their logarithms."""
+from moestro.competition.settings import Scale
 
 DECAY = 0.9
 """Of what was seen, per step in which the layer competed: a mean over about ten steps' tokens."""

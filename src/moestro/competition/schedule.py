@@ -7,11 +7,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from moestro.competition.amounts import ROUNDING, number_competing, share_of_steps
 from moestro.randomness import hashed, number_of
 from moestro.routing import Batch
-
-ROUNDING = 1e-9
-"""What a product may miss a whole number by: 0.1 * 30 is a little more than 3, and 3 * (1 / 3) may be less than 1."""
 
 
 def competing_tokens(
@@ -42,11 +40,6 @@ def competing_tokens(
     return token, competes[token]
 
 
-def number_competing(rate: float, length: int) -> int:
-    """How many of a sequence's tokens compete."""
-    return math.ceil(rate * length - ROUNDING)
-
-
 def competes_in_step(step: int, layer: int, num_layers: int, rate: float, max_layers: int | None, seed: int) -> bool:
     """Whether a layer competes in a step, with all tokens.
 
@@ -59,11 +52,6 @@ def competes_in_step(step: int, layer: int, num_layers: int, rate: float, max_la
     share = share_of_steps(rate, max_layers, num_layers)
     phase = turns(num_layers, seed)[layer] / num_layers
     return math.floor((step + 1) * share + phase + ROUNDING) > math.floor(step * share + phase + ROUNDING)
-
-
-def share_of_steps(rate: float, max_layers: int | None, num_layers: int) -> float:
-    """In how many of the steps each layer competes."""
-    return rate if max_layers is None else min(rate, max_layers / num_layers)
 
 
 @cache

@@ -1,19 +1,33 @@
-"""What there is to choose about competition."""
+"""What there is to choose about competition, checked without torch: recipes are planned by it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
-from moestro.competition.responses import POSITIVE, RESPONSES, Response
-from moestro.competition.scaling import Scale
-from moestro.competition.schedule import number_competing, share_of_steps
-from moestro.competition.winners import Target, Weights
+from moestro.competition.amounts import number_competing, share_of_steps
 from moestro.errors import Misuse
 from moestro.gate.ranges import Number, Positive, PositiveShare, Seed, Steps, Weight, check_fields
 
 By = Literal["tokens", "steps"]
+
+Scale = Literal["none", "mean", "standard", "log"]
+"""Responses as they are; over each expert's running mean; less that mean, over its running standard deviation; the same
+of their logarithms."""
+
+Weights = Literal["softmax", "share", "router"]
+"""Shares of the winners: softmax of their scaled responses (v1), parts of their sum (v2), or the router's own scores
+at them, which then get the gradient of the task."""
+
+Target = Literal["experts", "winners"]
+"""Softmax of the scaled responses over all experts (v2), or over the winners and 0 elsewhere (v1)."""
+
+Response = Callable[[Any], Any]
+"""A function of outputs, Float["*rows dim"], that returns one number of each, Float["*rows"]."""
+
+NAMES = ("l2", "rms", "softplus", "relu", "silu", "sigmoid")
+"""Names of the functions in `moestro.competition.responses.RESPONSES`."""
+POSITIVE = frozenset({"l2", "rms", "softplus", "relu", "sigmoid"})
+"""Those that are never negative, so that a winner's part of their sum is one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +35,7 @@ class Compete:
     """When experts compete, how the winners are found and weighed, and what the router is to learn from it."""
 
     response: Response | str = "l2"
-    """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.RESPONSES`), or a function of outputs."""
+    """l2, rms, softplus, relu, silu or sigmoid (see `moestro.competition.responses`), or a function of outputs."""
     response_scale: Scale = "log"
     """What makes responses comparable between experts; log takes responses that are never negative (lengths are
     nearly log-normal)."""
@@ -57,8 +71,8 @@ class Compete:
         if not isinstance(self.response, str) and not callable(self.response):
             raise Misuse(f"response must be a name or a function of outputs, got {self.response!r}")
         check_fields(self)
-        if isinstance(self.response, str) and self.response not in RESPONSES:
-            raise Misuse(f"response must be one of {', '.join(RESPONSES)}, got {self.response!r}")
+        if isinstance(self.response, str) and self.response not in NAMES:
+            raise Misuse(f"response must be one of {', '.join(NAMES)}, got {self.response!r}")
         if self.max_layers is not None and self.by == "tokens":
             raise Misuse("max_layers requires by = steps, got by = tokens: set by to steps, or max_layers to none")
         if self.balance_winners and self.response_scale not in ("standard", "log"):
@@ -76,20 +90,6 @@ class Compete:
         if self.through_weights and (self.weights == "router" or not self.forward):
             raise Misuse("through_weights needs forward, and weights that are made of responses")
 
-    @property
-    def respond(self) -> Response:
-        """The response as a function."""
-        return RESPONSES[self.response] if isinstance(self.response, str) else self.response
-
-    def check(self, response: Tensor) -> None:
-        """Misuse where a function of one's own is below 0 and its logarithm is asked for."""
-        own = callable(self.response) and self.response_scale == "log"
-        if own and not torch.compiler.is_compiling() and bool((response < 0).any()):
-            raise Misuse(
-                f"response_scale = log needs a response that is never negative, got {response.min():.3g}: set it to "
-                "standard"
-            )
-
     def share(self, num_layers: int, sequence_length: int) -> float:
         """Of the tokens of sequences of that length, in so many layers, how many compete unless competition rests."""
         if self.by == "tokens":
@@ -99,3 +99,11 @@ class Compete:
     def rests(self, step: int) -> bool:
         """Whether nobody competes in this step."""
         return step < self.start_step or (self.end_step is not None and step >= self.end_step)
+
+
+def check_lessons(rule: Compete | None, *, distillation: float, diversity: float) -> None:
+    """Raise Misuse if one of the losses on competition has a weight, and `rule` gives it nothing to learn from."""
+    if rule is None and (distillation or diversity):
+        raise Misuse("distillation and diversity learn from competition: set compete, or both to 0")
+    if diversity and rule is not None and not rule.forward:
+        raise Misuse("diversity looks at winners that run: set forward, or diversity to 0")

@@ -4,20 +4,13 @@ An expert's `strength` is its response on the scale of all experts.
 """
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moestro.competition.settings import Target, Weights
 from moestro.routing import Routing
-
-Weights = Literal["softmax", "share", "router"]
-"""Shares of the winners: softmax of their scaled responses (v1), parts of their sum (v2), or the router's own scores
-at them, which then get the gradient of the task."""
-
-Target = Literal["experts", "winners"]
-"""Softmax of the scaled responses over all experts (v2), or over the winners and 0 elsewhere (v1)."""
 
 
 def strongest(

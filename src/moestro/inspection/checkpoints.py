@@ -31,6 +31,7 @@ from moestro.gate.loading import (
     read_object,
 )
 from moestro.gate.paths import user_path
+from moestro.inspection.running import check_number
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -53,8 +54,7 @@ class Checkpoint:
 
 def find(specs: Sequence[str]) -> list[Checkpoint]:
     """The checkpoints that the user named; Misuse where one is not there."""
-    if not 1 <= len(specs) <= 2:
-        raise Misuse(f"name one checkpoint, or two to set side by side, got {len(specs)}")
+    check_number(specs)
     names = [short_name(spec) for spec in specs]
     if len(set(names)) < len(names):
         names = list(specs)

@@ -12,14 +12,12 @@ from jaxtyping import Integer
 from transformers import PreTrainedTokenizerBase
 
 from moestro.data.chats import rendered
-from moestro.data.corpus import MAX_HELD_OUT_BYTES
 from moestro.data.packing import PackedRows, write_stream
 from moestro.data.progress import watched
 from moestro.data.sources import Document, read_source
 from moestro.data.tokenizer import check_tokenizer, encode, vocabulary_size
 from moestro.errors import Misuse
-
-DEFAULT_MAX_BYTES = MAX_HELD_OUT_BYTES
+from moestro.inspection.running import DEFAULT_MAX_BYTES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

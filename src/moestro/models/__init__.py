@@ -1,11 +1,12 @@
-"""moestro's own model family, registered with transformers: `AutoModelForCausalLM` knows it after `import moestro`."""
+"""moestro's own model family. Importing this module registers it with transformers' `AutoModelForCausalLM`.
+
+Using any name of `moestro`, such as `moestro.AuxLosses`, imports this module too.
+"""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from moestro.models.autocast_mm import AUTOCAST_MM as AUTOCAST_MM
 from moestro.models.autocast_mm import register as register_autocast_mm
-from moestro.models.configuration import Dense as Dense
-from moestro.models.configuration import MoE as MoE
 from moestro.models.configuration import MoestroConfig as MoestroConfig
 from moestro.models.grouped_padded import PADDED_MM as PADDED_MM
 from moestro.models.grouped_padded import register as register_padded_mm

@@ -1,7 +1,7 @@
-"""What a model is made of: `MoestroConfig`, and the sub-layers that its blocks list."""
+"""`MoestroConfig`: transformers' config of our models, made of the records of `moestro.architecture`."""
 
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any, Literal, TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassFieldValidationError
@@ -9,120 +9,24 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import RopeParameters
 
+from moestro.architecture.model import Architecture, attention_sizes
+from moestro.architecture.sub_layers import Composition, Dense, MoE, SubLayer, sub_layer
 from moestro.errors import Misuse
 from moestro.gate.ranges import (
     BatchTokens,
-    Experts,
     Heads,
     Layers,
     Positive,
     Share,
-    SharedExperts,
     Steps,
     Vocabulary,
     Weight,
     Width,
     check,
-    check_fields,
 )
 from moestro.gate.visible import said
-from moestro.routers import RouterRule
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
-WIDTH_MULTIPLE = 8
-"""Grouped matrix products need rows of a multiple of 16 bytes: 8 numbers in bf16, 4 in fp32."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Dense:
-    """A dense SwiGLU feed-forward sub-layer."""
-
-    width: Width
-    kind: Literal["dense"] = "dense"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MoE:
-    """A mixture-of-experts sub-layer: routed SwiGLU experts, and shared ones that see every token."""
-
-    num_experts: Experts
-    top_k: Experts
-    width: Width
-    """Inner width of each routed expert."""
-    router: RouterRule = field(default_factory=RouterRule)
-    num_shared: SharedExperts = 0
-    shared_width: Width | None = None
-    """Inner width of each shared expert; None: as the routed ones."""
-    mix: Literal["sum", "convex"] = "sum"
-    """How shared experts join: added up (DeepSeekMoE), or averaged and mixed in by a learned two-way softmax
-    (CartesianMoE).
-    """
-    kind: Literal["moe"] = "moe"
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def total_shared_width(self) -> int:
-        """Inner width of all shared experts together."""
-        return self.num_shared * (self.shared_width or self.width)
-
-    def validate(self) -> None:
-        """Raise Misuse unless it can be built."""
-        if self.width % WIDTH_MULTIPLE:
-            raise Misuse(f"width of an expert must be a multiple of {WIDTH_MULTIPLE}, got {self.width}")
-        if self.mix == "convex" and not self.num_shared:
-            raise Misuse("mix = convex needs a shared expert: num_shared must be at least 1, got 0")
-        self.router.validate(self.num_experts, self.top_k)
-
-
-SubLayer = Dense | MoE
-
-EQUAL_WITHIN_A_BLOCK = {"tied": ("num_experts", "top_k", "router"), "shared-pool": ("num_experts", "width", "router")}
-"""What a composition needs a block's MoE sub-layers to agree in."""
-
-Composition = Literal["serial", "parallel", "tied", "shared-pool"]
-"""How the feed-forward sub-layers of a block are composed (CartesianMoE, arXiv:2410.16077, and its controls):
-
-serial: each reads the residual stream after the one before it, through a norm and a router of its own.
-parallel: all read the stream as it was before the first of them; no sub-layer sees another's output.
-tied: serial, but all MoE sub-layers take the choice that the first one's router makes of the first one's input.
-shared-pool: serial, but all MoE sub-layers choose from the same experts (Chain-of-Experts, arXiv:2506.18945).
-"""
-
-
-def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
-    """A sub-layer from its dict form (as in config.json), validated."""
-    if isinstance(value, dict):
-        name = value.get("kind", "moe")
-        kind = {"dense": Dense, "moe": MoE}.get(name)
-        if kind is None:
-            raise Misuse(f"kind of a sub-layer must be dense or moe, got {name!r}")
-        if isinstance(rule := value.get("router"), dict):
-            value = value | {"router": record(RouterRule, rule, "router")}
-        value = record(kind, value, f"{name} sub-layer")
-    if not isinstance(value, Dense | MoE):
-        raise Misuse(f"feed_forward must list Dense and MoE sub-layers for each block, got {value!r}")
-    if isinstance(value, MoE):
-        value.validate()
-    return value
-
-
-def record(kind: type, value: dict[str, Any], what: str) -> Any:
-    """The dataclass `kind` from its dict form; raises Misuse where a field is unknown or missing."""
-    known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
-    unknown = sorted(value.keys() - known)
-    if unknown:
-        raise Misuse(f"unknown field {unknown[0]!r} in a {what}; it takes {', '.join(sorted(known))}")
-    missing = [name for name, required in known.items() if required and name not in value]
-    if missing:
-        raise Misuse(f"a {what} must have {missing[0]}, got {', '.join(sorted(value)) or 'nothing'}")
-    return kind(**value)
-
-
 FIELDS: dict[str, Any] = {
     "vocab_size": Vocabulary,
     "hidden_size": Width,
@@ -215,42 +119,28 @@ class MoestroConfig(PreTrainedConfig):
         self.feed_forward = [[asdict(sub_layer(entry)) for entry in block] for block in self.feed_forward]
         if self.hidden_act not in ACT2FN:
             raise Misuse(f"hidden_act must be one of {', '.join(sorted(ACT2FN))}, got {self.hidden_act!r}")
-        self.check_composition()
-        self.settle_attention()
-        if self.has_experts and self.hidden_size % WIDTH_MULTIPLE:
-            raise Misuse(
-                f"hidden_size must be a multiple of {WIDTH_MULTIPLE} where there are experts, got {self.hidden_size}"
-            )
+        self.num_key_value_heads, self.head_dim = attention_sizes(
+            self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        )
+        _ = self.architecture  # the record checks what sizes must fit together
         super().__post_init__(**kwargs)
 
-    def check_composition(self) -> None:
-        """Raise Misuse unless the sub-layers of each block can be composed as asked."""
-        equal = EQUAL_WITHIN_A_BLOCK.get(self.composition, ())
-        for index, block in enumerate(self.sub_layers):
-            kinds = {tuple(getattr(spec, name) for name in equal) for spec in block if isinstance(spec, MoE)}
-            if len(kinds) > 1:
-                raise Misuse(
-                    f"composition = {self.composition} needs the MoE sub-layers of a block to agree in "
-                    f"{', '.join(equal)}, and block {index}'s do not"
-                )
-
-    def settle_attention(self) -> None:
-        """Fill in what follows from other sizes of attention; raises Misuse where they do not fit together."""
-        heads = self.num_attention_heads
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = heads
-        if heads % self.num_key_value_heads:
-            raise Misuse(
-                f"num_key_value_heads must divide num_attention_heads ({heads}), got {self.num_key_value_heads}"
-            )
-        if self.head_dim is None:
-            if self.hidden_size % heads:
-                raise Misuse(f"num_attention_heads must divide hidden_size ({self.hidden_size}), got {heads}")
-            self.head_dim = self.hidden_size // heads
-        if self.attention_bias and not self.qk_norm:
-            raise Misuse(
-                "attention_bias needs qk_norm (attention without query-key norm has no biases), got qk_norm=False"
-            )
+    @property
+    def architecture(self) -> Architecture:
+        """The sizes of the model as a plain record; raises Misuse if they do not fit together."""
+        assert self.num_key_value_heads is not None and self.head_dim is not None
+        return Architecture(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.head_dim,
+            blocks=tuple(tuple(block) for block in self.sub_layers),
+            composition=self.composition,  # type: ignore[arg-type]  # FIELDS checked it
+            qk_norm=self.qk_norm,
+            attention_bias=self.attention_bias,
+            tie_word_embeddings=self.tie_word_embeddings,
+        )
 
     @property
     def sub_layers(self) -> list[list[SubLayer]]:
@@ -267,6 +157,3 @@ class MoestroConfig(PreTrainedConfig):
     def has_experts(self) -> bool:
         """Whether any sub-layer is an MoE."""
         return any(isinstance(entry, MoE) for block in self.sub_layers for entry in block)
-
-
-__all__ = ["Composition", "Dense", "MoE", "MoestroConfig", "SubLayer"]

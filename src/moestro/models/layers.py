@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
-from moestro.models.configuration import Dense, MoE, MoestroConfig, SubLayer
+from moestro.architecture.sub_layers import Dense, MoE, SubLayer
+from moestro.models.configuration import MoestroConfig
 from moestro.routers import route
 from moestro.routing import Routing
 

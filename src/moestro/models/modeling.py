@@ -20,9 +20,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention, 
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from moestro.architecture.sub_layers import MoE
 from moestro.errors import Misuse
 from moestro.models.chunked_cross_entropy import chunked_cross_entropy
-from moestro.models.configuration import MoE, MoestroConfig
+from moestro.models.configuration import MoestroConfig
 from moestro.models.layers import Experts, Router, SparseMoE, build_sub_layer, writes_to_the_stream
 from moestro.models.norm import RMSNorm
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from moestro.architecture.sub_layers import Dense, MoE
 from moestro.errors import Misuse
-from moestro.models.configuration import Dense, MoE, MoestroConfig
+from moestro.models.configuration import MoestroConfig
 from moestro.models.modeling import MoestroForCausalLM
 
 SHARED_FIELDS = [

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from moestro.comparison import Comparison
+from moestro.difference import Difference
 from moestro.report.numbers import decimals_for, signed
-from moestro.statistics import Difference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from moestro.gate.visible import shortened
-from moestro.inspection import Measured, RoutingStudy
+from moestro.inspection.measuring import Measured, RoutingStudy
 from moestro.report.curves import Figure, frame, series_colour
 from moestro.report.heatmaps import heat_map
 from moestro.report.measures import Measure

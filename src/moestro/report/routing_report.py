@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moestro.inspection import RoutingStudy
+from moestro.inspection.measuring import RoutingStudy
 from moestro.report import routing_robustness, routing_sentences
 from moestro.report.page import render_page
 from moestro.report.routing_figures import figures

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from moestro.gate.visible import shortened
-from moestro.inspection import Measured, Robustness, RobustnessTest, RoutingStudy
+from moestro.inspection.measuring import Measured, RoutingStudy
+from moestro.inspection.robustness import Robustness, RobustnessTest
 from moestro.report.curves import Figure, frame, series_colour
 from moestro.report.numbers import ABSENT, fixed, signed
 from moestro.report.routing_summary import Row

@@ -1,7 +1,7 @@
 """What a routing study says, in words; the same in the report and in the terminal."""
 
 from moestro.comparison import LayerStatistics
-from moestro.inspection import Measured, RoutingStudy
+from moestro.inspection.measuring import Measured, RoutingStudy
 from moestro.report.measures import CHANCE
 from moestro.report.numbers import fixed, metric
 

@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from moestro.comparison import DomainLoss, HeldOut, LayerStatistics
-from moestro.inspection import Finding, Measured, RoutingStudy
+from moestro.inspection.findings import Finding
+from moestro.inspection.measuring import Measured, RoutingStudy
 from moestro.report.measures import Measure, measures, over_layers
 from moestro.report.numbers import ABSENT, fixed, metric, signed
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from moestro.inspection import Finding, RoutingStudy
+from moestro.inspection.findings import Finding
+from moestro.inspection.measuring import RoutingStudy
 from moestro.report import routing_robustness as robustness
 from moestro.report import routing_sentences as say
 from moestro.report.printing import in_parts, line, table, text

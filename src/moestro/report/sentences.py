@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from moestro.comparison import LEAST_LEARNT, Comparison, RecipeResult, Run, Sweep
 from moestro.data.overlap import SPAN
+from moestro.difference import MIN_SEEDS, Difference, Verdict
 from moestro.report.numbers import decimals_for, fixed, mean, metric, signed
-from moestro.statistics import MIN_SEEDS, Difference, Verdict
 
 TOKENS_PER_EXPERT = 16
 """Held-out tokens per expert that a text must have before an expert without tokens counts as dead."""

@@ -6,9 +6,9 @@ docs/papers.md. Linearised, two residual sub-layers are I + A + B + BA; only BA 
 
 from dataclasses import replace
 
+from moestro.architecture.counting import Count, count_parameters
+from moestro.architecture.sub_layers import WIDTH_MULTIPLE, Composition, Dense, MoE
 from moestro.errors import Misuse
-from moestro.models.configuration import WIDTH_MULTIPLE, Composition, Dense, MoE
-from moestro.models.counting import Count, count_parameters
 from moestro.training.recipe import Model, Recipe
 
 
@@ -108,7 +108,7 @@ def moe_sub_layers(recipe: Recipe) -> list[MoE]:
 
 def count(model: Model) -> Count:
     """Parameters of a model."""
-    return count_parameters(model.config(sequence_length=2))
+    return count_parameters(model.architecture)
 
 
 def _several(recipe: Recipe, variant: str) -> None:

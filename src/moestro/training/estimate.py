@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
-import torch
 
-from moestro.competition.responses import rows_at_once
+from moestro.architecture.counting import count_parameters
+from moestro.architecture.sub_layers import Dense, MoE
+from moestro.competition.amounts import rows_at_once
 from moestro.errors import Misuse
-from moestro.models.configuration import Dense, MoE
-from moestro.models.counting import count_parameters
-from moestro.training.precision import faster_dtype, product_seconds
 from moestro.training.recipe import Recipe
 
 PROBE = 768
@@ -46,19 +44,28 @@ class Estimate:
 
 def estimates(recipes: Sequence[Recipe], runs: float | int = 1) -> list[Estimate]:
     """The cost of `runs` runs of each recipe on this machine."""
+    import torch  # slow to import: first come the words, then their cost
+
+    from moestro.training.precision import faster_dtype, product_seconds
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     auto = faster_dtype(device)[0]
     dtypes = [auto if r.training.dtype == "auto" else getattr(torch, r.training.dtype) for r in recipes]
     speed = {dtype: 2 * PROBE**3 / product_seconds(dtype, device, size=PROBE) for dtype in set(dtypes)}
-    return [estimate(recipe, runs, dtype, speed[dtype]) for recipe, dtype in zip(recipes, dtypes, strict=True)]
+    return [
+        estimate(recipe, runs, str(dtype).removeprefix("torch."), speed[dtype])
+        for recipe, dtype in zip(recipes, dtypes, strict=True)
+    ]
 
 
 def check_memory(recipes: Sequence[Recipe]) -> None:
     """Raise Misuse if a recipe's weights, gradients and AdamW state alone exceed this machine's memory."""
+    import torch
+
     cuda = torch.cuda.is_available()
     memory = torch.cuda.mem_get_info()[1] if cuda else psutil.virtual_memory().total
     for recipe in recipes:
-        needed = 16 * count_parameters(recipe.model.config(recipe.training.sequence_length)).total
+        needed = 16 * count_parameters(recipe.model.architecture).total
         if needed > memory:
             raise Misuse(
                 f"{recipe.name} must fit this machine's {memory / 1e9:,.1f} GB: its weights, gradients and AdamW alone "
@@ -66,12 +73,11 @@ def check_memory(recipes: Sequence[Recipe]) -> None:
             )
 
 
-def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float) -> Estimate:
+def estimate(recipe: Recipe, runs: float | int, dtype: str, speed: float) -> Estimate:
     """The cost of one recipe at `speed` FLOPs per second."""
     t = recipe.training
-    config = recipe.model.config(t.sequence_length)
-    count = count_parameters(config)
-    width = 2 if dtype == torch.bfloat16 else 4
+    count = count_parameters(recipe.model.architecture)
+    width = 2 if dtype == "bfloat16" else 4
     return Estimate(
         name=recipe.name,
         size=recipe.size,
@@ -83,14 +89,14 @@ def estimate(recipe: Recipe, runs: float | int, dtype: torch.dtype, speed: float
         sequence_length=t.sequence_length,
         memory_bytes=memory_bytes(recipe, width),
         seconds=runs * t.tokens * recipe.training_flops() / speed,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype,
         device_flops=speed,
     )
 
 
 def memory_bytes(recipe: Recipe, width: int = 4) -> float:
     """Weights, gradients, AdamW's state, activations (`width` bytes each) and competition's answers of one run."""
-    count = count_parameters(recipe.model.config(recipe.training.sequence_length))
+    count = count_parameters(recipe.model.architecture)
     return 16 * count.total + activation_bytes(recipe, width) + answers_bytes(recipe, width)
 
 
@@ -103,7 +109,7 @@ def activation_bytes(recipe: Recipe, width: int) -> float:
     t, model = recipe.training, recipe.model
     tokens = t.micro_batch_tokens or t.batch_tokens
     blocks = []
-    for block in model.config(t.sequence_length).sub_layers:
+    for block in model.blocks:
         per_token = 12 * model.hidden_size
         for spec in block:
             networks = [(1, spec.width)] if isinstance(spec, Dense) else [(spec.top_k, spec.width)]

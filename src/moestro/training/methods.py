@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from moestro.competition import PRESETS
+from moestro.competition.presets import PRESETS
 from moestro.errors import Misuse
 from moestro.training.recipe import Competing, Recipe, fields_of
 
@@ -42,7 +42,7 @@ def compete_v2_code(recipe: Recipe) -> Recipe:
 
 
 def competing(recipe: Recipe, preset: str, what: str) -> Recipe:
-    """The recipe with competition by one of `moestro.competition.PRESETS`."""
+    """The recipe with competition by one of `moestro.competition.presets.PRESETS`."""
     need_experts(recipe, "compete")
     if recipe.compete is not None:
         raise Misuse(f"experts compete in {recipe.name} already: one way of competing at a time")

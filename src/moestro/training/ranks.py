@@ -97,11 +97,6 @@ def shared(error: Exception, place: int = 0) -> Exception:
     return error
 
 
-def is_shared(error: BaseException) -> bool:
-    """Return whether all ranks raise this error."""
-    return "rank" in vars(error)
-
-
 def speaks(error: BaseException) -> bool:
     """Return whether this rank reports `error`: its first raiser if all ranks raise it, else every rank."""
     return vars(error).get("rank", rank()) == rank()

@@ -2,10 +2,12 @@
 
 import os
 from dataclasses import asdict, dataclass, field, fields
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from moestro.adapters import AuxLosses
-from moestro.competition import Compete
+from moestro.architecture.counting import all_experts_flops_per_token, count_parameters, training_flops_per_token
+from moestro.architecture.model import Architecture, attention_sizes
+from moestro.architecture.sub_layers import Composition, Dense, MoE, SubLayer
+from moestro.competition.settings import Compete, check_lessons
 from moestro.errors import Misuse
 from moestro.gate.ranges import (
     BatchTokens,
@@ -23,8 +25,10 @@ from moestro.gate.ranges import (
     Width,
     check_fields,
 )
-from moestro.models.configuration import Composition, Dense, MoE, MoestroConfig, SubLayer
-from moestro.models.counting import all_experts_flops_per_token, count_parameters, training_flops_per_token
+
+if TYPE_CHECKING:
+    import moestro.adapters.aux_losses
+    import moestro.models.configuration
 
 MOST_PARAMETERS = 10**13
 
@@ -64,17 +68,43 @@ class Model:
         """MoE sub-layers of all blocks."""
         return sum(isinstance(spec, MoE) for spec in self.block) * self.num_moe_blocks
 
-    def validate(self, sequence_length: int) -> None:
+    @property
+    def blocks(self) -> tuple[tuple[SubLayer, ...], ...]:
+        """The feed-forward sub-layers of every block."""
+        plain = (Dense(width=self.dense_width),) if self.every > 1 else ()
+        return tuple(self.block if (i + 1) % self.every == 0 else plain for i in range(self.num_layers))
+
+    @property
+    def architecture(self) -> Architecture:
+        """The model's sizes; raises Misuse if they do not fit together."""
+        num_key_value_heads, head_dim = attention_sizes(
+            self.hidden_size, self.num_heads, self.num_key_value_heads, None
+        )
+        return Architecture(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            blocks=self.blocks,
+            composition=self.composition,
+            qk_norm=self.qk_norm,
+            tie_word_embeddings=self.tie_embeddings,
+        )
+
+    def validate(self) -> None:
         """Raise Misuse unless the model is valid and has at most `MOST_PARAMETERS` parameters."""
         if self.every > self.num_layers:
             raise Misuse(f"every must be at most num_layers ({self.num_layers}), got {self.every}")
-        if (total := count_parameters(self.config(sequence_length)).total) > MOST_PARAMETERS:
+        if (total := count_parameters(self.architecture).total) > MOST_PARAMETERS:
             raise Misuse(f"a model must have at most {MOST_PARAMETERS:,} parameters, got {total:,}")
 
-    def config(self, sequence_length: int, end_of_text: int | None = None) -> MoestroConfig:
+    def config(
+        self, sequence_length: int, end_of_text: int | None = None
+    ) -> "moestro.models.configuration.MoestroConfig":
         """The model's config; `end_of_text` is the id of the token that stands between documents."""
-        plain = (Dense(width=self.dense_width),) if self.every > 1 else ()
-        blocks = [self.block if (i + 1) % self.every == 0 else plain for i in range(self.num_layers)]
+        from moestro.models.configuration import MoestroConfig  # transformers: slow to import, and not needed to plan
+
         return MoestroConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -82,7 +112,7 @@ class Model:
             num_attention_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
             qk_norm=self.qk_norm,
-            feed_forward=[list(block) for block in blocks],
+            feed_forward=[list(block) for block in self.blocks],
             composition=self.composition,
             depth_scaled_init=self.depth_scaled_init,
             initializer_range=self.initializer_range,
@@ -201,17 +231,19 @@ class Recipe:
         By tokens a row counts as one sequence: of documents packed apart (`block_diagonal`) a few more tokens compete.
         """
         length, steps = self.training.sequence_length, self.training.steps
-        config = self.model.config(length)
-        flops = training_flops_per_token(config, length)
+        architecture = self.model.architecture
+        flops = training_flops_per_token(architecture, length)
         if self.compete is None:
             return flops
         rule = self.compete.over(steps)
         competing = sum(not rule.rests(step) for step in range(steps)) / steps
         share = competing * rule.share(self.model.num_moe_layers, length)
-        return flops + round(share * all_experts_flops_per_token(config))
+        return flops + round(share * all_experts_flops_per_token(architecture))
 
-    def aux_losses(self) -> AuxLosses:
+    def aux_losses(self) -> "moestro.adapters.aux_losses.AuxLosses":
         """What is attached in training."""
+        from moestro.adapters.aux_losses import AuxLosses  # torch and transformers: not needed to plan
+
         rule = self.compete.over(self.training.steps) if self.compete else None
         return AuxLosses(**asdict(self.losses), compete=rule)
 
@@ -256,6 +288,7 @@ class Recipe:
                 f"nobody would ever compete: between start ({self.compete.start}) and end ({self.compete.end}) lies "
                 f"none of this run's {t.steps} steps"
             )
-        self.aux_losses()  # it knows what its fields must be
-        self.model.validate(t.sequence_length)
+        rule = self.compete.over(t.steps) if self.compete else None
+        check_lessons(rule, distillation=self.losses.distillation, diversity=self.losses.diversity)
+        self.model.validate()
         return self

@@ -7,10 +7,10 @@ single fields, `cartesian+parallel` is a variant, and flags override fields of e
 from collections.abc import Callable
 from dataclasses import replace
 
+from moestro.architecture.router_rule import RouterRule
+from moestro.architecture.sub_layers import Dense, MoE, SubLayer
 from moestro.errors import Misuse
 from moestro.gate.ranges import shown
-from moestro.models.configuration import Dense, MoE, SubLayer
-from moestro.routers import RouterRule
 from moestro.training import controls
 from moestro.training.fields import nearest, override
 from moestro.training.methods import METHODS

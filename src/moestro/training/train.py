@@ -18,7 +18,7 @@ from moestro.adapters.experts_dtype import experts_dtypes
 from moestro.comparison import Run
 from moestro.data.preparation import PreparedData
 from moestro.data.tokenizer import vocabulary_size
-from moestro.errors import Diverged, Misuse
+from moestro.errors import Diverged, Interrupted, Misuse
 from moestro.evaluation import held_out
 from moestro.models import AUTOCAST_MM, PADDED_MM, MoestroForCausalLM
 from moestro.training.checkpoints import step_of
@@ -45,10 +45,6 @@ from moestro.training.runs import (
     read_description,
 )
 from moestro.training.trainer import Interruption, PretrainingTrainer
-
-
-class Interrupted(Exception):
-    """The user asked to stop; a checkpoint was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
