@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
+from paired import 
 from rich.console import Console
 
+from moestro.commands.work.texts import prepared
+from moestro.data.building import ALL
 from moestro.errors import TrainingFailed
 from moestro.flags import DataFlags
 from moestro.training.recipes import recipe
@@ -28,7 +31,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    with ():
+        screen(parser.parse_args())
+
+
+def screen(given: argparse.Namespace) -> None:
+    """Train each recipe and print its line."""
     torch.set_num_threads(given.threads)
     flags = DataFlags(data=tuple(given.data))
     console = Console(file=sys.stderr)
@@ -36,14 +44,14 @@ def main() -> None:
     print(f"{'nats':>7} {'bits/byte':>9} {'gzip':>6} {'seconds':>7} {'tokens/s':>8}  recipe", flush=True)
     for spec in given.recipes:
         chosen = recipe(spec, given.size, **tokens)
-        data = flags.prepare(chosen)
+        data = prepared(flags, chosen)
         folder = given.folder / f"{spec},tokens={chosen.training.tokens},size={given.size}"
         try:
             run = train(chosen, data, folder, seed=given.seed, console=console, options=Options())
         except TrainingFailed as failure:
             print(f"{spec}: {failure}", flush=True)
             continue
-        speed, gzip = run.tokens_per_second or 0.0, data.gzip_bits_per_byte["all"]
+        speed, gzip = run.tokens_per_second or 0.0, data.gzip_bits_per_byte[ALL]
         found = f"{run.held_out.loss:7.4f} {run.held_out.bits_per_byte:9.4f} {gzip:6.3f}"
         print(f"{found} {chosen.training.tokens / speed:7.1f} {speed:8,.0f}  {spec}", flush=True)
 

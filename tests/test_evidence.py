@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny_models
 
+from command_line import write_corpus
 from test_attach_trl import tokenizer
 
 __all__ = ["tokenizer"]  # a fixture
@@ -37,6 +38,7 @@ SMALLEST = {
     "scripts/verdict_simulation.py": "--seeds 3 --recipes 1 --studies 40",
 }
 WITH_FILES = {
+    "benchmarks/recipe_screening.py",
     "benchmarks/router_ceiling.py",
     "scripts/collect_robustness.py",
     "scripts/collect_study.py",
@@ -67,6 +69,7 @@ WRONG = {
     ],
     "benchmarks/preparation.py": [("--megabytes 0", "--megabytes must be 1 or more, got 0")],
     "benchmarks/startup.py": [("--repeats 0", "--repeats must be 1 or more, got 0")],
+    "benchmarks/recipe_screening.py": [("out none", "unknown recipe 'none'")],
     "benchmarks/recipe_steps.py": [("--recipes none", "unknown recipe 'none'")],
     "benchmarks/router_ceiling.py": [("nowhere --data a=b", "must be the folder of a saved model, got nowhere")],
     "examples/competition_theory.py": [
@@ -153,6 +156,20 @@ def test_peak_memory_is_measured_in_a_process_of_its_own(run: Run, capsys: pytes
     small = SMALLEST["benchmarks/recipe_steps.py"].replace("--no-memory", "--memory").replace("smoe dense", "dense")
     assert run("benchmarks/recipe_steps.py", *small.split()) == 0
     assert float(re.findall(r"\| ([\d.]+) \|$", capsys.readouterr().out.strip())[0]) > 0.1
+
+
+def test_recipes_are_screened(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    text = write_corpus(tmp_path / "text", documents=8)
+    small = "batch_tokens=64,sequence_length=32,hidden_size=16,num_layers=1,num_heads=2,width=8,vocab_size=300"
+    specs = [f"smoe:{small}", f"dense:{small}"]
+    for _ in range(2):  # the second time from the finished runs
+        assert (
+            run("benchmarks/recipe_screening.py", str(tmp_path / "out"), *specs, "--tokens", "256", "--data", str(text))
+            == 0
+        )
+        rows = capsys.readouterr().out.splitlines()[1:]
+        assert [row.split()[-1] for row in rows] == specs
+        assert all(1 < float(row.split()[1]) < 9 for row in rows)
 
 
 def test_a_study_is_collected(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

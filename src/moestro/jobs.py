@@ -271,7 +271,8 @@ def work(connection: Connection, end: Connection, data: PreparedData, options: O
     os.setsid()
     signal.signal(signal.SIGTERM, stop_at_once)
     threading.Thread(target=end_with, args=(end,), daemon=True).start()
-    quieten()
+    make_visible()
+    quiet()
     torch.set_num_threads(threads)
     console = Console(file=Lines(connection), width=10_000)  # type: ignore[arg-type]  # rich only writes
     options = replace(options, show=lambda progressed: connection.send(("progress", progressed)))
@@ -299,14 +300,3 @@ def end_with(lifeline: Connection) -> None:
     """End this process when the parent's end of the lifeline is closed, which the system does if it is killed."""
     lifeline.poll(None)
     os._exit(0)
-
-
-def quieten() -> None:
-    """Print warnings of this package alone, as the command line does."""
-    import transformers
-
-    from moestro.gate.visible import make_visible
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    make_visible()

@@ -25,6 +25,7 @@ def compare(
     match: Literal["tokens", "flops"] = "tokens",
     allow_unequal: bool = False,
     margin: float = MARGIN,
+    verbose: bool = False,
     sweep_flags: Annotated[SweepFlags, tyro.conf.arg(name="")] = SWEEP_FLAGS,
     recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RECIPE_FLAGS,
     data_flags: Annotated[DataFlags, tyro.conf.arg(name="")] = DATA_FLAGS,
@@ -41,6 +42,7 @@ def compare(
         match: What is equal between recipes, training tokens or training FLOPs.
         allow_unequal: Compare although budgets differ, and mark the table.
         margin: Recipes shown to differ by less than this, in nats per token, are called equivalent.
+        verbose: Print every figure, losses by domain and the rule of the verdicts, as the report does.
     """
     check("margin", margin, Positive)
     chosen = [recipe_flags.recipe(spec) for spec in recipes]
@@ -62,7 +64,7 @@ def compare(
     if job_flags.print_commands:
         print_commands(the_plan, folder, recipe_flags, data_flags, run_flags)
         return
-    compare_recipes(the_plan, folder, data_flags=data_flags, job_flags=job_flags, run_flags=run_flags)
+    compare_recipes(the_plan, folder, data_flags=data_flags, job_flags=job_flags, run_flags=run_flags, verbose=verbose)
 
 
 def counted(first_seed: int, seeds: int) -> range:

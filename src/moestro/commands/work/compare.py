@@ -6,11 +6,11 @@ from pathlib import Path
 from rich.console import Console
 
 from moestro.adapters.ranks import rank
-from moestro.commands.work.libraries import quiet
 from moestro.commands.work.texts import fit, prepared
 from moestro.compare import compare, with_one_dtype
 from moestro.errors import TrainingFailed
 from moestro.flags import DataFlags, JobFlags, RecipeFlags, RunFlags
+from moestro.gate.libraries import quiet
 from moestro.jobs import choose
 from moestro.planning import Plan
 from moestro.report.printing import Visible, say
@@ -34,7 +34,7 @@ def print_commands(
 
 
 def compare_recipes(
-    the_plan: Plan, folder: Path, *, data_flags: DataFlags, job_flags: JobFlags, run_flags: RunFlags
+    the_plan: Plan, folder: Path, *, data_flags: DataFlags, job_flags: JobFlags, run_flags: RunFlags, verbose: bool
 ) -> None:
     """Run a comparison in `folder` and print its table. Raise TrainingFailed, at the end, if runs failed."""
     quiet()
@@ -49,7 +49,7 @@ def compare_recipes(
     comparison = compare(the_plan, data, folder, console=console, options=options, jobs=jobs)
     if rank() > 0:
         return
-    print_comparison(comparison, Console())
+    print_comparison(comparison, Console(), verbose=verbose)
     print()
     say(f"report: {folder / 'report.html'}")
     if failed := failures(comparison):

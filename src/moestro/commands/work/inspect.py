@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from moestro.commands.folders import slug
-from moestro.commands.work.libraries import quiet
+from moestro.gate.libraries import quiet
 from moestro.inspection.checkpoints import find
 from moestro.inspection.findings import describe
 from moestro.inspection.running import Running

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from moestro.adapters.ranks import rank
-from moestro.commands.work.libraries import quiet
 from moestro.commands.work.texts import fit, prepared
 from moestro.flags import DataFlags, RunFlags
+from moestro.gate.libraries import quiet
 from moestro.gate.loading import load_model
 from moestro.gate.writing import failures_as_os_errors
 from moestro.models import MoestroForCausalLM, siblings
