@@ -11,12 +11,11 @@ import sys
 from pathlib import Path
 
 import torch
-from paired import 
 from rich.console import Console
 
 from moestro.commands.work.texts import prepared
 from moestro.data.building import ALL
-from moestro.errors import TrainingFailed
+from moestro.errors import Misuse, TrainingFailed
 from moestro.flags import DataFlags
 from moestro.training.recipes import recipe
 from moestro.training.train import Options, train
@@ -31,8 +30,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
-    with ():
+    try:
         screen(parser.parse_args())
+    except Misuse as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def screen(given: argparse.Namespace) -> None:
