@@ -26,6 +26,8 @@ from moestro.attempts import Attempt, make
 from moestro.comparison import FailedRun, Run
 from moestro.data.preparation import PreparedData
 from moestro.errors import Interrupted, Misuse
+from moestro.gate.libraries import quiet
+from moestro.gate.visible import make_visible
 from moestro.training.estimate import memory_bytes
 from moestro.training.progress import ProgressBars
 from moestro.training.recipe import Recipe
