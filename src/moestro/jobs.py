@@ -56,7 +56,7 @@ def choose(asked: int | None, threads: int | None, recipes: Sequence[Recipe], ru
         if asked is not None and asked > 1:
             raise Misuse(f"jobs must be 1 under a launcher, whose ranks train one run together, got {asked}")
         return Jobs(threads=threads)
-    devices = torch.cuda.device_count() or max(1, len(os.sched_getaffinity(0)) // threads)
+    devices = torch.cuda.device_count() or max(1, usable_cores() // threads)
     fitting = fitting_jobs(recipes)
     if asked is not None and asked > fitting:
         memory, needed = psutil.virtual_memory().available / 1e9, largest_bytes(recipes) / 1e9
@@ -65,6 +65,11 @@ def choose(asked: int | None, threads: int | None, recipes: Sequence[Recipe], ru
             f"memory, got {asked}"
         )
     return Jobs(jobs=asked or max(1, min(devices, fitting, runs)), threads=threads)
+
+
+def usable_cores() -> int:
+    """Return the CPU cores that this process may use; where the system does not say (macOS), all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fitting_jobs(recipes: Sequence[Recipe]) -> int:
