@@ -27,8 +27,8 @@ BUGS = [
     Bug(
         "runs: two owners",
         "training/owner.py",
-        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
+        "return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "return None",
         "test_run_folder::test_a_second_process_on_a_run_is_refused",
     ),
     Bug(
