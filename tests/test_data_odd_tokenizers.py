@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from moestro.data import chats
 from moestro.data.chats import rendered
 from moestro.data.packing import PackedRows, write_stream
 from moestro.data.preparation import prepare
@@ -202,6 +204,19 @@ def test_inspection_puts_chats_in_the_tokenizers_template(stored: dict[str, Any]
     tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
     with pytest.raises(Misuse, match="a:1 must fit the tokenizer's chat template: roles must take turns"):
         stream(tokenizer)
+
+
+@pytest.mark.parametrize("body", ["", "{{ i ~ j }}", "{% set k = i %}"])
+def test_a_chat_template_that_never_ends_is_refused(body: str, monkeypatch):
+    monkeypatch.setattr(chats, "PATIENCE", 0.2)
+    tokenizer = train_tokenizer(TEXTS, 300)
+    loop = "{{% for {} in range(99999) %}}"
+    tokenizer.chat_template = loop.format("i") + loop.format("j") + body + "{% endfor %}{% endfor %}"
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(Misuse, match=r"a\.jsonl:1 must be rendered by the chat template within 0\.2 s"):
+        rendered(tokenizer, [{"role": "user", "content": "Two and two?"}], "a.jsonl:1")
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_chat_template_that_makes_a_chat_huge_is_refused():

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moestro.errors import Misuse
 from moestro.gate.loading import one_misuse
+from moestro.gate.patience import within
 
 Message: TypeAlias = Mapping[str, Any]
 """Input of a chat template: `role`, `content`, and any other fields of the row, such as `tool_calls`."""
@@ -18,6 +19,9 @@ CHAT_COLUMNS = (("messages",), ("conversations",), ("conversation",), ("prompt",
 LARGEST_GROWTH, LONGEST_FRAME = 64, 2**20
 """A chat template may multiply a chat's characters and then add others: the words around it, such as a system prompt.
 """
+
+PATIENCE = 10.0
+"""Seconds that a chat template may take for one chat."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "observation": "tool"}
 _PAIR = {"prompt": "user", "completion": "assistant"}
@@ -55,10 +59,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], so
     """Return a chat in the tokenizer's chat template.
 
     Raises:
-        Misuse: the template refuses the chat (some do if roles do not alternate), or makes it longer by more than 64
-            times and a Mi of characters; `source` names the row.
+        Misuse: the template refuses the chat (some do if roles do not alternate), takes longer than 10 s, or makes it
+            longer by more than 64 times and a Mi of characters; `source` names the row.
     """
-    with one_misuse(f"{source} must fit the tokenizer's chat template"):
+    problem = f"{source} must be rendered by the chat template within {PATIENCE:g} s"
+    with one_misuse(f"{source} must fit the tokenizer's chat template"), within(PATIENCE, problem):
         text = cast(str, tokenizer.apply_chat_template([dict(message) for message in messages], tokenize=False))
     most = LARGEST_GROWTH * len(plain(messages)) + LONGEST_FRAME
     if len(text) > most:
