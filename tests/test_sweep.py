@@ -11,7 +11,7 @@ from rich.console import Console
 from command_line import SMALL, moestro, sources, write_corpus
 from comparison_fixture import make_comparison
 from moestro import Misuse, listing
-from moestro.compare import screened, with_one_dtype
+from moestro.compare import after_sweep, with_one_dtype
 from moestro.comparison import Comparison, FailedRun, Run, Screened
 from moestro.errors import Diverged, Interrupted, TrainingFailed
 from moestro.planning import plan, run_folder
@@ -129,7 +129,7 @@ def test_seeds_of_the_comparison_are_kept_and_without_any_it_is_the_screening():
         ((), replace(GRID, tokens=4096), (1000,), 4096),
         ((), GRID, (1000,), 250_000),
     ):
-        the_plan = screened(plan(RECIPES, seeds=seeds, grid=grid), grid, found)
+        the_plan = after_sweep(plan(RECIPES, seeds=seeds, grid=grid), grid, found)
         assert the_plan.seeds == compared
         assert [r.training.learning_rate for r in the_plan.recipes] == [1e-3, 2e-3]
         assert [r.training.tokens for r in the_plan.recipes] == [tokens, tokens]
@@ -161,7 +161,7 @@ def test_a_grid_that_cannot_work_is_refused(options: dict, message: str):
 
 
 def test_tokens_of_a_sweep_and_equal_flops_exclude_each_other():
-    with pytest.raises(Misuse, match="sweep_tokens needs match tokens"):
+    with pytest.raises(Misuse, match="sweep_tokens requires match"):
         plan(RECIPES, seeds=[0], match="flops", grid=replace(GRID, tokens=4096))
 
 

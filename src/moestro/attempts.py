@@ -18,19 +18,23 @@ from moestro.training.train import Options, train
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """A run that is to be trained, or read where it is finished."""
+    """A run that is to be trained, or only read if its folder holds it finished."""
 
     recipe: Recipe
     seed: int
     folder: Path
     title: str
+    """Name of the run in messages."""
 
 
 def make(attempt: Attempt, data: PreparedData, *, console: Console, options: Options) -> Run | FailedRun:
-    """Return the run, or the record of its failure, and print one line about it.
+    """Train or read the run; return it, or the record of its failure. Print one line about it, and warnings.
 
-    Failures of training and of the machine (a full disk) are recorded, because other runs can go on. Raises Misuse and
-    Interrupted.
+    Failures of training and of the machine (a full disk) are returned, because other runs can go on.
+
+    Raises:
+        Misuse: the folder holds another run, or cannot be used.
+        Interrupted: the user asked to stop.
     """
     title = attempt.title
     try:
@@ -47,7 +51,7 @@ def make(attempt: Attempt, data: PreparedData, *, console: Console, options: Opt
 
 
 def train_noted(attempt: Attempt, data: PreparedData, *, console: Console, options: Options) -> Run:
-    """Train or read the run; if it diverges, leave a note in its folder, so that it is not tried again."""
+    """Train or read the run. If it diverges, record that in its folder, so that it is not tried again."""
     recipe, seed, folder = attempt.recipe, attempt.seed, attempt.folder
     # Check the identity first: a recorded failure must belong to this very run.
     on_first_rank(lambda: open_run(folder, describe_run(recipe, data, seed)))
@@ -56,7 +60,7 @@ def train_noted(attempt: Attempt, data: PreparedData, *, console: Console, optio
 
 
 def failure(seed: int, error: TrainingFailed | OSError) -> FailedRun:
-    """Return the record of a failed run."""
+    """Return the record of a failed run; its cause is "machine" for an OSError, else "training"."""
     if isinstance(error, OSError):
         named = f": {error.filename}" if error.filename else ""
         return FailedRun(seed=seed, reason=f"{error.strerror or error}{named}", cause="machine")

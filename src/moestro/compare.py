@@ -38,13 +38,17 @@ ONE_JOB = Jobs()
 def compare(
     the_plan: Plan, data: PreparedData, folder: Path, *, console: Console, options: Options, jobs: Jobs = ONE_JOB
 ) -> Comparison:
-    """Train what is not trained yet, and write `comparison.json` and `report.html`.
+    """Train the runs that are not finished yet, compare them, and write `comparison.json` and `report.html`.
 
-    A run that fails does not end the comparison: the others go on, and the record says which failed and why. `jobs` is
-    how many runs train at once; results do not depend on it.
+    A run that fails does not end the comparison: the others go on, and the record says which failed and why. `jobs`
+    says how many runs train at once; results do not depend on their number.
 
-    With several ranks the first one decides and writes; all return the same comparison. Raises Misuse if another
-    process uses the folder.
+    With several ranks the first one decides and writes; all return the same comparison.
+
+    Raises:
+        Misuse: another process uses the folder, or it holds other runs.
+        TrainingFailed: the machine stopped a run of the sweep.
+        Interrupted: the user asked to stop.
     """
     join()
     console = only_on_first_rank(console)
@@ -60,7 +64,7 @@ def trained(
     make: Callable[..., list[Run | FailedRun]],
     console: Console,
 ) -> Comparison:
-    """Train and compare in a folder that this process has locked."""
+    """Run the sweep if the plan has one, then the comparison, in a folder that this process has locked."""
     found = None
     if the_plan.grid is not None:
         found = sweep(
@@ -68,9 +72,9 @@ def trained(
             the_plan.grid,
             lambda arms, seed: make([attempt(arm, seed, the_plan, folder) for arm in arms], data, console=console),
         )
-        if not the_plan.seeds:  # the screening runs are read once more, and all was said of them
+        if not the_plan.seeds:  # they were all printed in the sweep, and are only read again
             console = Console(quiet=True)
-        the_plan = screened(the_plan, the_plan.grid, found)
+        the_plan = after_sweep(the_plan, the_plan.grid, found)
     failed = [r.name for r in the_plan.recipes if found is not None and r.name not in found.chosen]
     attempts = [attempt(r, seed, the_plan, folder) for seed in the_plan.seeds for r in the_plan.recipes]
     results = iter(make([a for a in attempts if a.recipe.name not in failed], data, console=console))
@@ -89,14 +93,14 @@ def trained(
 
 
 def attempt(recipe: Recipe, seed: int, the_plan: Plan, folder: Path) -> Attempt:
-    """Return one run of the comparison, to be made."""
+    """Return one run of the comparison as an attempt: with its folder and its name in messages."""
     rate = f" at learning rate {recipe.training.learning_rate:g}" if the_plan.grid else ""
     title = f"{recipe.name} seed {seed}{rate}"
     return Attempt(recipe=recipe, seed=seed, folder=run_folder(folder, recipe, seed, the_plan), title=title)
 
 
 def with_one_dtype(the_plan: Plan, folder: Path, console: Console) -> Plan:
-    """`dtype=auto` decided once for all recipes that have it, as an earlier start in this folder did."""
+    """Return the plan with one dtype in place of every `auto`: that of an earlier start here, else the faster one."""
     undecided = [recipe for recipe in the_plan.recipes if recipe.training.dtype == "auto"]
     if not undecided:
         return the_plan
@@ -108,8 +112,11 @@ def with_one_dtype(the_plan: Plan, folder: Path, console: Console) -> Plan:
     return replace(the_plan, recipes=tuple(decided))
 
 
-def screened(the_plan: Plan, grid: Grid, found: Sweep) -> Plan:
-    """The plan at the learning rates that the sweep chose; without seeds, of the screening runs themselves."""
+def after_sweep(the_plan: Plan, grid: Grid, found: Sweep) -> Plan:
+    """Return the plan at the learning rates that the sweep chose.
+
+    A plan without seeds trains nothing more: it then compares each recipe's best screening run.
+    """
     recipes = with_chosen(the_plan.recipes, found)
     if the_plan.seeds:
         return replace(the_plan, recipes=tuple(recipes))
@@ -118,7 +125,7 @@ def screened(the_plan: Plan, grid: Grid, found: Sweep) -> Plan:
 
 
 def assemble(the_plan: Plan, runs: dict[str, list[Run | FailedRun]], data: PreparedData, folder: Path) -> Comparison:
-    """The comparison's record from its runs."""
+    """Return the record of the comparison: its runs, their differences and their budget."""
     recipes = the_plan.recipes
     losses = [[run.held_out.loss if isinstance(run, Run) else None for run in runs[r.name]] for r in recipes]
     differences = [None, *(compare_with_first(losses, margin=the_plan.margin) if len(recipes) > 1 else ())]
@@ -154,7 +161,7 @@ def assemble(the_plan: Plan, runs: dict[str, list[Run | FailedRun]], data: Prepa
 
 
 def budget(the_plan: Plan, results: Sequence[RecipeResult]) -> Budget:
-    """Return the budget, measured by what the runs were really trained on."""
+    """Return the budget. Its tokens and steps are those of the first recipe's first finished run, or as planned."""
     training = the_plan.recipes[0].training
     differences = (*the_plan.differences, *unequally_trained(the_plan, results))
     tokens, steps = training.steps * training.batch_tokens, training.steps
@@ -175,7 +182,7 @@ def budget(the_plan: Plan, results: Sequence[RecipeResult]) -> Budget:
 
 
 def unequally_trained(the_plan: Plan, results: Sequence[RecipeResult]) -> list[str]:
-    """Return a sentence if runs completed different shares of their planned tokens; nothing if all shares are equal."""
+    """Return a sentence if runs completed different shares of their planned tokens; empty if the shares agree."""
     shares = {
         f"{result.name} seed {run.seed}": (run.trained_tokens, recipe.training.steps * recipe.training.batch_tokens)
         for recipe, result in zip(the_plan.recipes, results, strict=True)
@@ -190,7 +197,10 @@ def unequally_trained(the_plan: Plan, results: Sequence[RecipeResult]) -> list[s
 
 
 def bootstrap(folder: Path, the_plan: Plan, first: RecipeResult, result: RecipeResult) -> DocumentBootstrap | None:
-    """Resample the held-out documents, with losses averaged over the seeds that both recipes finished."""
+    """Resample the held-out documents, with losses averaged over the seeds that both recipes finished.
+
+    Return None if there is no difference: for the first recipe, or if no seed finished with both.
+    """
     if result.difference is None:
         return None
     both = {run.seed for run in first.runs} & {run.seed for run in result.runs}
@@ -202,7 +212,7 @@ def bootstrap(folder: Path, the_plan: Plan, first: RecipeResult, result: RecipeR
 
 
 def describe_data(data: PreparedData) -> Data:
-    """The data's record, with what the reader must know of it."""
+    """Return the record of the data, with notes on missing domains and on overlap with training text."""
     domains = data.description["domains"]
     held = [domain["held_out"] for domain in domains.values()]
     missing = data.description["missing_domains"]

@@ -23,7 +23,7 @@ class Diverged(TrainingFailed):
 
 
 class Interrupted(Exception):
-    """The user asked to stop; a checkpoint was written."""
+    """The user asked to stop; the same command continues from the last checkpoint, if one was written."""
 
 
 def is_shared(error: BaseException) -> bool:

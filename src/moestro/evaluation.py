@@ -183,7 +183,7 @@ def layer_statistics(
 
 
 def numbers(figures: RoutingFigures) -> dict[str, float | None]:
-    """Every field that is one number, but for those that only training knows."""
+    """Return every field that holds one number or None, except the two that exist only in training."""
     values = {f.name: getattr(figures, f.name) for f in fields(figures) if f.name not in ("competing", "agreement")}
     return {name: finite(value) for name, value in values.items() if value is None or isinstance(value, int | float)}
 

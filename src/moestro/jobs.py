@@ -34,7 +34,7 @@ from moestro.training.recipe import Recipe
 from moestro.training.train import Options
 
 PROCESS_BYTES = 600_000_000
-"""Memory of a worker with its libraries, before it builds a model."""
+"""Memory in bytes of a worker with its libraries, before it builds a model."""
 SPAWN = get_context("spawn")
 
 
@@ -47,9 +47,14 @@ class Jobs:
 
 
 def choose(asked: int | None, threads: int | None, recipes: Sequence[Recipe], runs: int) -> Jobs:
-    """Return `asked` jobs; by default one per GPU or CPU core, as memory allows and never more than there are `runs`.
+    """Return how many runs train at once, and the CPU threads of each.
 
-    Raises Misuse if `asked` jobs do not fit this machine or were started by a launcher with several ranks.
+    `asked` jobs if the user asked for a number; else one per GPU, or without GPUs one per `threads` CPU cores, but no
+    more than fit the free memory or than there are `runs`. Under a launcher with several ranks it is one job. `threads`
+    defaults to OMP_NUM_THREADS, else 1.
+
+    Raises:
+        Misuse: `asked` jobs do not fit the free memory, or `asked` exceeds 1 under a launcher with several ranks.
     """
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -75,7 +80,8 @@ def usable_cores() -> int:
 def fitting_jobs(recipes: Sequence[Recipe]) -> int:
     """Return how many runs of the largest recipe fit this machine's free memory at once, at least 1.
 
-    With GPUs, as many jobs as share one are assumed to fit it: the check of a single run is made elsewhere.
+    With GPUs return 1,000, which limits nothing: only a single run is checked against a GPU's memory (`check_memory`),
+    never several that share one.
     """
     if torch.cuda.is_available():
         return 1_000
@@ -83,7 +89,7 @@ def fitting_jobs(recipes: Sequence[Recipe]) -> int:
 
 
 def largest_bytes(recipes: Sequence[Recipe]) -> float:
-    """Return the memory of a worker that trains the largest recipe."""
+    """Return the memory in bytes of a worker that trains the largest recipe."""
     return PROCESS_BYTES + max(memory_bytes(recipe) for recipe in recipes)
 
 
@@ -105,22 +111,23 @@ def make_all(
 
 
 def is_finished(attempt: Attempt) -> bool:
-    """Return whether reading the attempt's folder is enough."""
+    """Return whether nothing is left to train: the folder holds a finished run or the record of a divergence."""
     return (attempt.folder / "summary.json").exists() or (attempt.folder / "failed.json").exists()
 
 
 @dataclass(slots=True)
 class Worker:
-    """A worker process, with the place of the attempt that it is making."""
+    """A worker process, and the attempt that it is making."""
 
     process: SpawnProcess
     connection: Connection
     lifeline: Connection
-    """Never written to: its end tells the worker that the parent is gone."""
+    """Write end of a pipe that carries nothing. It closes when the parent closes it or dies; the worker then ends."""
     place: int | None = None
+    """Index of the attempt that the process is making; None while it is idle."""
 
     def stop(self) -> None:
-        """Ask the process to write a checkpoint and end; asked again, it ends at once."""
+        """Ask the process to stop its run with a checkpoint; asked again, it stops at once. An idle process ends."""
         if self.process.is_alive() and self.process.pid is not None:
             os.kill(self.process.pid, signal.SIGTERM)
 
@@ -135,7 +142,10 @@ class Workers:
         self.stopped: BaseException | None = None
 
     def make_all(self, attempts: Sequence[Attempt]) -> list[Run | FailedRun]:
-        """Return the run or failure of each attempt."""
+        """Return the run or failure of each attempt, in order.
+
+        Raises what stopped the workers (Misuse or Interrupted), after all of them have ended.
+        """
         results: dict[int, Run | FailedRun] = {}
         waiting = deque(range(len(attempts)))
         with self._listening():
@@ -150,7 +160,7 @@ class Workers:
         return [results[place] for place in range(len(attempts))]
 
     def _hand_out(self, waiting: deque[int], attempts: Sequence[Attempt]) -> None:
-        """Give every idle worker an attempt, and start workers while there are fewer than jobs."""
+        """Give every idle worker an attempt, and start workers while there are fewer than `jobs.jobs`."""
         while waiting and self.stopped is None:
             idle = next((w for w in self.workers if w.place is None), None)
             if idle is None and len(self.workers) == self.jobs.jobs:
@@ -160,7 +170,7 @@ class Workers:
             worker.connection.send(attempts[worker.place])
 
     def _start(self) -> Worker:
-        """Start a worker, on a GPU of its own where there are GPUs."""
+        """Start a worker. With GPUs it sees one of them, taken in turn, so more workers than GPUs share GPUs."""
         index = len(self.workers)
         threads = str(self.jobs.threads)
         settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
@@ -172,7 +182,7 @@ class Workers:
         end, lifeline = SPAWN.Pipe(duplex=False)
         arguments = (theirs, end, self.data, self.options, self.jobs.threads)
         process = SPAWN.Process(target=work, args=arguments, daemon=True)
-        with environment(settings):
+        with environment_variables(settings):
             process.start()
         theirs.close()
         end.close()
@@ -181,7 +191,7 @@ class Workers:
         return worker
 
     def _receive(self, attempts: Sequence[Attempt], results: dict[int, Run | FailedRun]) -> None:
-        """Wait for what workers tell, and act on it."""
+        """Wait up to a second for messages of busy workers: show progress and lines, keep results, stop on an error."""
         busy = {w.connection: w for w in self.workers if w.place is not None}
         for connection in wait(list(busy), timeout=1.0):
             worker = busy[connection]  # type: ignore[index]
@@ -203,7 +213,7 @@ class Workers:
                 worker.place = None
 
     def _bury(self, worker: Worker, attempt: Attempt, results: dict[int, Run | FailedRun]) -> None:
-        """Record the attempt of a process that died."""
+        """Forget a worker whose process died; record its attempt as failed unless workers are being stopped anyway."""
         worker.process.join()
         self.workers.remove(worker)
         self.bars.remove(attempt.title)
@@ -216,14 +226,14 @@ class Workers:
         self.console.print(f"{attempt.title}: {reason}", markup=False)
 
     def _stop(self, reason: BaseException) -> None:
-        """Stop all workers; `make_all` raises the first reason when they have ended."""
+        """Ask all workers to stop; `make_all` raises the first `reason` when they have ended."""
         self.stopped = self.stopped or reason
         for worker in self.workers:
             worker.stop()
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        """Pass Ctrl-C and SIGTERM on to the workers."""
+        """Pass Ctrl-C and SIGTERM on to the workers. In another thread than the main one, do nothing."""
 
         def request(number: int, frame: Any) -> None:
             self._stop(Interrupted("stopped; the same command goes on from the last checkpoints"))
@@ -239,7 +249,7 @@ class Workers:
                 signal.signal(number, handler)
 
     def _end(self) -> None:
-        """End all processes."""
+        """Close all lifelines, and wait until every process has ended."""
         for worker in self.workers:
             worker.lifeline.close()
         for worker in self.workers:
@@ -248,8 +258,8 @@ class Workers:
 
 
 @contextmanager
-def environment(settings: dict[str, str]) -> Iterator[None]:
-    """Set environment variables until the context ends: libraries read them once, when a process imports them."""
+def environment_variables(settings: dict[str, str]) -> Iterator[None]:
+    """Set environment variables until the context ends. A process that starts within it inherits them for good."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
@@ -266,7 +276,7 @@ class Lines(TextIOBase):
         self.connection, self.rest = connection, ""
 
     def write(self, text: str) -> int:
-        """Send the lines that are complete."""
+        """Send each complete line, and keep the rest for the next call. Return the number of characters taken."""
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.connection.send(("line", line))
@@ -274,7 +284,7 @@ class Lines(TextIOBase):
 
 
 def work(connection: Connection, end: Connection, data: PreparedData, options: Options, threads: int) -> None:
-    """Make attempts until the parent closes its lifeline."""
+    """Run a worker process: make the attempts that `connection` brings, until the other end of `end` is closed."""
     os.setsid()
     signal.signal(signal.SIGTERM, stop_at_once)
     threading.Thread(target=end_with, args=(end,), daemon=True).start()
@@ -299,11 +309,11 @@ def outcome(attempt: Attempt, data: PreparedData, console: Console, options: Opt
 
 
 def stop_at_once(number: int, frame: Any) -> None:
-    """Interrupt what is not training: training takes the signal itself, and writes a checkpoint first."""
+    """Raise KeyboardInterrupt on SIGTERM. While a run trains, `Interruption` handles the signal instead."""
     raise KeyboardInterrupt
 
 
 def end_with(lifeline: Connection) -> None:
-    """End this process when the parent's end of the lifeline is closed, which the system does if it is killed."""
+    """Wait until the parent closes its end of the lifeline or is killed, then end this process at once."""
     lifeline.poll(None)
     os._exit(0)

@@ -173,7 +173,10 @@ def with_scores(record: LayerRecord) -> LayerRecord:
 def choices_of_domains(
     record: LayerRecord, num_domains: int, load: Float[Tensor, " experts"]
 ) -> Float[Tensor, "domains experts"]:
-    """Edges of each domain's tokens, given those of all tokens."""
+    """Count the choices of each expert by domain; without domains, all of `load` belongs to the first.
+
+    `load` counts each expert's choices by all tokens.
+    """
     if record.batch.domain is None:
         others = load.new_zeros(num_domains - 1, len(load))
         return torch.cat([load[None], others])

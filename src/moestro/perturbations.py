@@ -74,7 +74,7 @@ def check_count(count: int, proposal: Proposal) -> int:
 
 
 def edges(routing: Routing) -> Bool[Tensor, "tokens k"]:
-    """Which slots are used."""
+    """Return which slots are used."""
     return torch.ones_like(routing.expert, dtype=torch.bool) if routing.edge is None else routing.edge
 
 

@@ -40,15 +40,15 @@ def minimum_detectable_effect(deviation: float, seeds: int, *, alpha: float = AL
 def minimum_margin(deviation: float, seeds: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
     """Return the smallest margin within which a new study shows two equal recipes equivalent with probability `power`.
 
-    The margin is in the deviation's unit. Arguments as of `minimum_detectable_effect`; `alpha` is the level of each of
-    the two one-sided tests.
+    Arguments, unit and errors are those of `minimum_detectable_effect`, except that `alpha` is the level of each of the
+    two one-sided tests.
     """
     return _multiple(seeds, alpha, power, equivalence=True) * deviation / math.sqrt(seeds)
 
 
 @cache
 def _multiple(seeds: int, tail: float, power: float, *, equivalence: bool) -> float:
-    """Return the multiple of the first study's standard error that a new study detects with this power."""
+    """Return the effect or margin, in standard errors of the first study, for which a new study has this power."""
     if seeds < 2:
         raise Misuse(f"power needs at least 2 seeds, got {seeds}")
     critical, ratio = float(stats.t.isf(tail, seeds - 1)), _deviation_ratios(seeds - 1)
@@ -65,6 +65,6 @@ def _multiple(seeds: int, tail: float, power: float, *, equivalence: bool) -> fl
 
 
 def _deviation_ratios(freedom: int) -> Float[np.ndarray, " quantiles"]:
-    """Return equiprobable quantiles of the sample deviation over the true deviation."""
+    """Return quantiles of the sample deviation over the true one, at the midpoints of equal shares."""
     shares = (np.arange(_QUANTILES) + 0.5) / _QUANTILES
     return np.sqrt(stats.chi2.ppf(shares, freedom) / freedom)

@@ -10,12 +10,14 @@ from moestro.compare import attempt
 from moestro.flags import DataFlags, RecipeFlags
 from moestro.planning import Plan
 from moestro.sweep import at_rate
+from moestro.training.recipe import Recipe
 
 
 def commands(the_plan: Plan, folder: Path, recipe_flags: RecipeFlags, data_flags: DataFlags) -> Iterator[str]:
-    """Yield one `moestro train` command per run; of a comparison with a sweep, those of the sweep.
+    """Yield one `moestro train` command per run. With a sweep, yield the sweep's runs only: they decide the others.
 
-    Each fills the folder that `moestro compare` reads. The recipes' dtype must be decided, so that all runs share it.
+    Each command fills the folder that `moestro compare` reads. No recipe's dtype may be "auto": each machine would
+    decide it anew.
     """
     common = [*words(data_flags), *words(recipe_flags, leave_out=("tokens", "learning_rate", "dtype"))]
     for recipe, seed in runs(the_plan):
@@ -27,7 +29,7 @@ def commands(the_plan: Plan, folder: Path, recipe_flags: RecipeFlags, data_flags
         yield shlex.join(["moestro", "train", recipe.name, *own, "--out", str(where), *common])
 
 
-def runs(the_plan: Plan) -> Iterator[tuple[Any, int]]:
+def runs(the_plan: Plan) -> Iterator[tuple[Recipe, int]]:
     """Yield each recipe and seed; with a grid, each recipe at each of its learning rates with the screening seed."""
     if (grid := the_plan.grid) is not None:
         yield from ((at_rate(r, rate, grid), grid.seed) for r in the_plan.recipes for rate in grid.learning_rates)
@@ -36,7 +38,7 @@ def runs(the_plan: Plan) -> Iterator[tuple[Any, int]]:
 
 
 def words(flags: Any, leave_out: tuple[str, ...] = ()) -> list[str]:
-    """Return the command-line words of the flags that differ from their defaults."""
+    """Return as command-line words the fields of `flags` that differ from their defaults, except `leave_out`."""
     found = []
     for field in fields(flags):
         value = getattr(flags, field.name)

@@ -93,7 +93,7 @@ class Competitor:
             logger.warning("%d of %d competing tokens at %s have no finite response", lost, competed, self.layer.name)
 
     def count(self, competition: Competition) -> None:
-        """Add a record's responses to the statistics of the step, where they need any."""
+        """Add a record's responses to the sums of the step, unless responses are not scaled."""
         if self.rule.response_scale == "none":
             return
         scale = self.rule.response_scale

@@ -105,7 +105,10 @@ def comparing(block: _Block, index: int, norm: nn.Module) -> Any:
 
 
 def choices_kept(sub_layer: nn.Module, hidden: Tensor, without: Tensor) -> Float[Tensor, " 2"]:
-    """How many of a sub-layer's choices for `hidden` it makes for `without` too, and how many it makes."""
+    """Return how many of a sub-layer's choices for `hidden` it also makes for `without`, and the number of its choices.
+
+    Both are 0 for a sub-layer without experts.
+    """
     if not isinstance(sub_layer, SparseMoE):
         return torch.zeros(2)
     chosen, others = (sub_layer.router(x.flatten(0, -2))[2] for x in (hidden, without))

@@ -71,7 +71,7 @@ def package(module: nn.Module) -> str:
 
 
 def score_function(layer: MoELayer) -> Any:
-    """Which function makes preferences of what the router returns; None where the choice is not learned."""
+    """Return the function, or its name, that turns router outputs into scores; None if the choice is not learned."""
     router = layer.router
     if isinstance(router, Router):
         return router.rule.scores

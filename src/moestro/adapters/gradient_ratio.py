@@ -27,7 +27,10 @@ MOST = 1.0
 
 
 def unmeasured(aux: "AuxLosses") -> dict[str, str]:
-    """Return the losses with units that act in this step and are not measured yet, each with advice for the user."""
+    """Return the losses with units that are switched on and not measured yet, each with advice for the user.
+
+    The result is empty while scaling="relative" has not measured its scales.
+    """
     relative = aux.scaling == "relative"
     advice = {"router_z": "a smaller router_z", "simbal": "a smaller simbal, or router_orthogonality"}
     if aux.orthogonality_form in ("projection", "span"):
@@ -44,8 +47,9 @@ def measure(
     """Return the gradient norm of each unmeasured loss, at its full weight, over the task's; warn if it exceeds `MOST`.
 
     Gradients of `terms` and `task` are taken with respect to the trained parameters of experts and routers, or all
-    trained parameters if there are none of those. `once` says why the graph allows one backward pass only; the ratios
-    are then NaN. The result is empty if the task has no gradient in this pass.
+    trained parameters if there are none of those. The ratios are NaN, with a warning, if they cannot be measured: the
+    model returned no loss, its parameters are sharded, it is compiled, or `once` says why the graph allows one backward
+    pass only. The result is empty if the task has no gradient in this pass.
     """
     parameters, advice = trained(model), unmeasured(aux)
     if task is None or (why := obstacle(model, parameters, once)):
@@ -90,7 +94,7 @@ def obstacle(model: nn.Module, parameters: list[Tensor], once: str) -> str:
 
 
 def norm(loss: Tensor, parameters: list[Tensor]) -> float:
-    """Return the norm of the gradient without accumulating it."""
+    """Return the norm of the gradient of `loss` over all `parameters`, without accumulating it; 0 without gradient."""
     if not loss.requires_grad or not parameters:
         return 0.0
     gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)

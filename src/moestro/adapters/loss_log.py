@@ -20,12 +20,12 @@ class LossLog:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.once: dict[str, float] = {}
-        """Values for the next log alone."""
+        """Figures that appear in the next log only."""
         self.step = 0
         """The optimiser step of the last log."""
 
     def begin(self, step: int) -> None:
-        """Clear all sums: training starts, or starts again, after this step."""
+        """Clear everything; the next log takes means over the steps after `step`."""
         self.sums, self.once, self.step = {}, {}, step
 
     def note(self, ratios: Mapping[str, float]) -> None:
@@ -39,7 +39,10 @@ class LossLog:
             self.sums[name] = part if name not in self.sums else self.sums[name] + part.to(self.sums[name].device)
 
     def figures(self, step: int) -> dict[str, float]:
-        """Return means over ranks and the steps since the last log, like the Trainer's `loss`, and clear the sums."""
+        """Return means over ranks and the steps since the last log, like the Trainer's `loss`, and clear everything.
+
+        The result is empty if no loss was added. All ranks must call this together.
+        """
         sums, once, steps = self.sums, self.once, max(1, step - self.step)
         self.begin(step)
         if not sums:

@@ -32,7 +32,14 @@ class Layout:
 
 
 def layout(inputs: Mapping[str, Any], rows: int, length: int) -> Layout:
-    """Return padding and sequence starts by the model's inputs. Raise Misuse for an unknown kind of mask."""
+    """Find padding and sequence starts in the inputs of a model that takes `rows` rows of `length` tokens.
+
+    Padding comes from the mask. Starts come from the bounds of packed sequences; else from the mask; else, if no mask
+    is given, from jumps in the positions.
+
+    Raises:
+        Misuse: the mask is of an unknown kind or shape, or marks all tokens as padding.
+    """
     own = layout_of_mask(inputs.get("attention_mask"), rows, length)
     starts = starts_of_packing(inputs, rows, length)
     if starts is not None:
@@ -44,21 +51,21 @@ def layout(inputs: Mapping[str, Any], rows: int, length: int) -> Layout:
 
 
 def positions(value: Any, rows: int, length: int) -> Int[Tensor, "rows length"] | None:
-    """Return the positions of tokens; of multimodal positions [4, rows, length] the text's, which come first."""
+    """Return the positions of tokens. Multimodal positions are [4, rows, length], and the text's come first."""
     if isinstance(value, Tensor) and value.ndim == 3 and len(value) == 4:
         value = value[0]
     return value.expand(rows, length) if isinstance(value, Tensor) and value.ndim == 2 else None
 
 
 def starts_at(begins: Bool[Tensor, "rows rest"]) -> Bool[Tensor, "rows length"]:
-    """Return sequence starts from `begins`, which omits the first token of each row: it always starts a sequence."""
+    """Put a start before `begins`, which lacks the first token of each row: that one always starts a sequence."""
     return torch.cat(
         [torch.ones_like(begins[:, :1]) if begins.shape[1] else begins.new_ones(len(begins), 1), begins], 1
     )
 
 
 def starts_of_packing(inputs: Mapping[str, Any], rows: int, length: int) -> Bool[Tensor, "rows length"] | None:
-    """Return the starts of packed sequences by FlashAttention's bounds or Mamba's `seq_idx`; None without either."""
+    """Return where packed sequences start, from Mamba's `seq_idx` or FlashAttention's bounds; None without either."""
     index = inputs.get("seq_idx")
     if isinstance(index, Tensor) and index.ndim == 2:
         return starts_at(index.expand(rows, length).diff(dim=1) != 0)
@@ -71,7 +78,7 @@ def starts_of_packing(inputs: Mapping[str, Any], rows: int, length: int) -> Bool
 
 
 def layout_of_mask(mask: Any, rows: int, length: int) -> Layout:
-    """Return padding and sequence starts by an attention mask of any supported kind."""
+    """Return padding and, unless the mask is a matrix of valid tokens, sequence starts. Raise Misuse if unsupported."""
     if isinstance(mask, Mapping):
         mask = mask_of_whole_rows(mask)
     if mask is None:
@@ -92,7 +99,7 @@ def layout_of_mask(mask: Any, rows: int, length: int) -> Layout:
 
 
 def mask_of_whole_rows(masks: Mapping[str, Any]) -> Any:
-    """Return the full-attention mask from a mapping with one mask per type of layer, or the first mask without one."""
+    """Return the full-attention mask from a mapping with one mask per type of layer; else the first; None if empty."""
     given = {name: mask for name, mask in masks.items() if mask is not None}
     return given.get("full_attention", next(iter(given.values()), None))
 
@@ -114,7 +121,7 @@ def layout_of_pairs(may: Bool[Tensor, "some queries keys"], rows: int) -> Layout
     own = may.diagonal(past, dim1=1, dim2=2)
     valid = own & ~(may.all(2) & ~may[:, -1, past:])
     before = may[:, :, past:].gather(2, last_valid(valid)[:, :, None])[:, :, 0]
-    return checked(valid, before, rows)
+    return layout_of_valid(valid, before, rows)
 
 
 def layout_of_block_mask(mask: Any, rows: int, length: int) -> Layout:
@@ -130,7 +137,7 @@ def layout_of_block_mask(mask: Any, rows: int, length: int) -> Layout:
         return torch.vmap(torch.vmap(pair, (None, 0, 0)), (0, None, 0))(row, token, keys)
 
     valid = may(token.expand(rows, length))
-    return checked(valid, may(last_valid(valid)), rows)
+    return layout_of_valid(valid, may(last_valid(valid)), rows)
 
 
 def last_valid(valid: Bool[Tensor, "some length"]) -> Int[Tensor, "some length"]:
@@ -141,10 +148,13 @@ def last_valid(valid: Bool[Tensor, "some length"]) -> Int[Tensor, "some length"]
     return torch.where(last < 0, place, last)
 
 
-def checked(valid: Bool[Tensor, "some length"], before: Bool[Tensor, "some length"], rows: int) -> Layout:
-    """Return the layout from which tokens are valid and which may attend to the last valid token `before` them.
+def layout_of_valid(valid: Bool[Tensor, "some length"], before: Bool[Tensor, "some length"], rows: int) -> Layout:
+    """Return the layout of tokens of which some are valid; `before`: may attend to the last valid token before it.
 
-    A sequence begins with a valid token that may not. Padding belongs to the sequence beside it. Misuse if all is.
+    A valid token that may not do so starts a sequence. Padding never starts one. "some" is 1 or the number of rows.
+
+    Raises:
+        Misuse: no token is valid (not checked while torch compiles).
     """
     if not torch.compiler.is_compiling() and not bool(valid.any()):
         raise Misuse("attention_mask must let tokens attend to themselves, got one in which none may: all are padding")

@@ -56,7 +56,7 @@ class SelectionBias:
         return whole.view(-1)[: self.layer.num_experts]
 
     def value(self) -> Float[Tensor, " experts"]:
-        """Return the bias in fp32: `master`, except entries that were changed in the model since the last step.
+        """Return the bias in full precision: `master`, except entries changed in the model since the last step.
 
         Those entries come from a loaded checkpoint or the user, and take precedence over `master`.
         """
@@ -68,7 +68,7 @@ class SelectionBias:
         return torch.where(master.to(own.dtype).to(precise) == precise, master, precise)
 
     def move(self, load: Float[Tensor, " experts"], rate: float) -> None:
-        """Take one step against `load`."""
+        """Take one step: up by `rate` for experts below the mean of `load`, down by it for those above."""
         value = self.value()
         self.write(next_bias(value, load.to(value.device), rate))
 
@@ -91,7 +91,7 @@ class SelectionBias:
 
 
 def precision(own: Tensor) -> torch.dtype:
-    """Return the dtype in which steps accumulate."""
+    """Return the dtype in which steps accumulate: fp32, or fp64 for a bias in fp64."""
     return torch.float64 if own.dtype == torch.float64 else torch.float32
 
 
@@ -146,7 +146,7 @@ def save_with_biases(self: Any, save_directory: str | Path, *args: Any, **kwargs
 
 
 def adapter_key(name: str) -> str:
-    """Return the name of a tensor in an adapter's file, which knows nothing of the copies of other adapters."""
+    """Return the name of a tensor in an adapter's file: below `base_model.model`, without `original_module`."""
     name = name.replace(".original_module.", ".")
     return name if name.startswith("base_model.model.") else f"base_model.model.{name}"
 

@@ -9,7 +9,7 @@ from moestro.architecture.sub_layers import Dense, MoE, SubLayer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Count:
-    """How much there is of something, in all and per token."""
+    """Parameters of a model or of a part: all of them, and those that take part in one token's forward pass."""
 
     total: int
     active: int
@@ -19,7 +19,7 @@ class Count:
 
 
 def count_parameters(model: Architecture) -> Count:
-    """Parameters, and those that take part in one token's forward pass (embeddings included, tied ones once)."""
+    """Count all parameters and those active for one token. Embeddings count as active; tied ones count once."""
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     outside = embeddings + model.hidden_size  # the last norm
     result = Count(total=outside, active=outside)
@@ -33,10 +33,10 @@ def count_parameters(model: Architecture) -> Count:
 
 
 def tied_parameters(model: Architecture, block: Sequence[SubLayer]) -> Count:
-    """What a block's sub-layers counted singly have twice, as negative numbers.
+    """Return, as negative numbers, the parameters that a block's sub-layers share and each of them was counted with.
 
-    Active experts of a shared pool that a token passes twice count twice, as they multiply it twice; a tied router,
-    whose choice is the same, counts once.
+    Active experts of a shared pool are counted once per sub-layer, because each sub-layer multiplies the token anew. A
+    tied router runs once and is counted once.
     """
     later = [spec for spec in block if isinstance(spec, MoE)][1:]
     if model.composition == "tied":
@@ -48,18 +48,18 @@ def tied_parameters(model: Architecture, block: Sequence[SubLayer]) -> Count:
 
 
 def attention_parameters(model: Architecture) -> int:
-    """Query, key, value and output projections, and the query-key norms."""
+    """Count the parameters of one block's attention: projections, query-key norms and biases."""
     return attention_products(model) + attention_extras(model)
 
 
 def attention_products(model: Architecture) -> int:
-    """The weights of attention that multiply every token."""
+    """Count the weights of one block's query, key, value and output projections."""
     heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
     return model.hidden_size * heads * model.head_dim
 
 
 def attention_extras(model: Architecture) -> int:
-    """Query-key norms, and biases where there are any (only the query-key-norm variant has them)."""
+    """Count the query-key norms and biases of one block's attention; both are absent without `qk_norm`."""
     if not model.qk_norm:
         return 0
     outputs = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim + model.hidden_size
@@ -67,7 +67,7 @@ def attention_extras(model: Architecture) -> int:
 
 
 def sub_layer_parameters(model: Architecture, spec: SubLayer) -> Count:
-    """One feed-forward sub-layer with its norm; a selection bias is a buffer, not a parameter."""
+    """Count one feed-forward sub-layer with its norm. A selection bias is a buffer, not a parameter."""
     norm = model.hidden_size
     if isinstance(spec, Dense):
         dense = norm + swiglu_parameters(model, spec.width)
@@ -80,15 +80,15 @@ def sub_layer_parameters(model: Architecture, spec: SubLayer) -> Count:
 
 
 def swiglu_parameters(model: Architecture, width: int) -> int:
-    """Gate, up and down projection."""
+    """Count the gate, up and down projections of a SwiGLU network with inner width `width`."""
     return 3 * model.hidden_size * width
 
 
 def forward_flops_per_token(model: Architecture, sequence_length: int) -> int:
-    """Multiply-adds count two; norms, activations and softmaxes are left out; attention counts every pair of positions.
+    """Return the FLOPs of one token's forward pass, averaged over a sequence of `sequence_length` tokens.
 
-    Counting all pairs, not the causal half, is the convention of PaLM (arXiv:2204.02311, appendix B) and of PyTorch's
-    flop counter.
+    A multiply-add counts as two. Norms, activations and softmaxes are left out. Attention counts all pairs of positions
+    and not only the causal half. Both PaLM (arXiv:2204.02311, appendix B) and PyTorch's flop counter count so.
     """
     products = model.vocab_size * model.hidden_size
     for block in model.blocks:
@@ -98,7 +98,7 @@ def forward_flops_per_token(model: Architecture, sequence_length: int) -> int:
 
 
 def matrix_products(model: Architecture, spec: SubLayer) -> int:
-    """The parameters of a sub-layer that multiply every token."""
+    """Count the weights of a sub-layer that multiply one token: of the routed experts, `top_k`."""
     if isinstance(spec, Dense):
         return swiglu_parameters(model, spec.width)
     mix = 2 * model.hidden_size if spec.mix == "convex" else 0
@@ -107,18 +107,18 @@ def matrix_products(model: Architecture, spec: SubLayer) -> int:
 
 
 def training_flops_per_token(model: Architecture, sequence_length: int) -> int:
-    """Forward and backward: three times the forward pass."""
+    """Return the FLOPs of one token's forward and backward pass: three times those of the forward pass."""
     return 3 * forward_flops_per_token(model, sequence_length)
 
 
 def all_experts_flops_per_token(model: Architecture) -> int:
-    """Of a token that every expert of every MoE sub-layer answers, forward, beside its way through the model."""
+    """Return the extra forward FLOPs of a competing token, which every routed expert of every MoE sub-layer answers."""
     moes = [spec for block in model.blocks for spec in block if isinstance(spec, MoE)]
     return sum(2 * spec.num_experts * swiglu_parameters(model, spec.width) for spec in moes)
 
 
 def moe_layer_names(model: Architecture) -> list[str]:
-    """Names of the MoE sub-layers, in order."""
+    """Return the module names of the MoE sub-layers, in order."""
     return [
         f"layers.{index}.feed_forward.{position}"
         for index, block in enumerate(model.blocks)

@@ -1,4 +1,4 @@
-"""`Architecture`: all sizes that decide what a model costs, and which of them fit together."""
+"""`Architecture`: all sizes that decide what a model costs, and the check that they fit together."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from moestro.gate.ranges import Heads, Vocabulary, Width, check_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """The sizes of one decoder. `Model.architecture` of a recipe and `MoestroConfig.architecture` make it.
+    """The sizes of one decoder, as `Model.architecture` of a recipe and `MoestroConfig.architecture` return them.
 
     Raises Misuse if the sizes do not fit together.
     """
@@ -46,7 +46,7 @@ class Architecture:
 def attention_sizes(
     hidden_size: int, num_heads: int, num_key_value_heads: int | None, head_dim: int | None
 ) -> tuple[int, int]:
-    """Return the number of key-value heads and the width of a head, with defaults for None.
+    """Return the number of key-value heads (None: `num_heads`) and a head's width (None: an equal share).
 
     Raises Misuse if they do not fit together.
     """

@@ -9,7 +9,7 @@ from moestro.gate.ranges import Experts, Positive, check_fields
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterRule:
-    """How logits become chosen experts and weights.
+    """The rule by which a router turns logits into chosen experts and their weights.
 
     Paper: DeepSeek-V3 (arXiv:2412.19437), Eq. 14 to 16 for sigmoid, bias and groups; Shazeer et al. 2017
     (arXiv:1701.06538) for softmax.
@@ -17,13 +17,11 @@ class RouterRule:
 
     scores: Literal["softmax", "sigmoid"] = "softmax"
     renormalise: bool = True
-    """Whether a token's weights are divided by their sum."""
+    """Divide a token's weights by their sum."""
     scale: Positive = 1.0
-    """Factor on the weights after that ("routed scaling factor")."""
+    """Factor on the weights, after renormalisation ("routed scaling factor")."""
     selection_bias: bool = False
-    """Whether a bias, moved between steps by `moestro.balance`, is added to the scores for selection (never to the
-    weights).
-    """
+    """Add a bias to the scores for selection, never to the weights; `moestro.balance` moves it between steps."""
     num_groups: Experts = 1
     top_groups: Experts = 1
     """Experts come from the best `top_groups` of `num_groups` equal groups; a group's score sums its two best."""

@@ -1,4 +1,4 @@
-"""The feed-forward sub-layers that blocks list, and how those of one block may be composed."""
+"""The feed-forward sub-layers of a block, and the ways to compose them."""
 
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
@@ -34,7 +34,7 @@ class MoE:
     router: RouterRule = field(default_factory=RouterRule)
     num_shared: SharedExperts = 0
     shared_width: Width | None = None
-    """Inner width of each shared expert; None: as the routed ones."""
+    """Inner width of each shared expert; None: that of the routed ones."""
     mix: Literal["sum", "convex"] = "sum"
     """How shared experts join: added up (DeepSeekMoE), or averaged and mixed in by a learned two-way softmax
     (CartesianMoE).
@@ -50,7 +50,7 @@ class MoE:
         return self.num_shared * (self.shared_width or self.width)
 
     def validate(self) -> None:
-        """Raise Misuse unless it can be built."""
+        """Raise Misuse unless this sub-layer can be built."""
         if self.width % WIDTH_MULTIPLE:
             raise Misuse(f"width of an expert must be a multiple of {WIDTH_MULTIPLE}, got {self.width}")
         if self.mix == "convex" and not self.num_shared:
@@ -61,7 +61,7 @@ class MoE:
 SubLayer = Dense | MoE
 
 EQUAL_WITHIN_A_BLOCK = {"tied": ("num_experts", "top_k", "router"), "shared-pool": ("num_experts", "width", "router")}
-"""What a composition needs a block's MoE sub-layers to agree in."""
+"""The fields in which a composition requires all MoE sub-layers of a block to agree."""
 
 Composition = Literal["serial", "parallel", "tied", "shared-pool"]
 """How the feed-forward sub-layers of a block are composed (CartesianMoE, arXiv:2410.16077, and its controls):
@@ -74,7 +74,7 @@ shared-pool: serial, but all MoE sub-layers choose from the same experts (Chain-
 
 
 def check_composition(block: Sequence[SubLayer], composition: str, index: int) -> None:
-    """Raise Misuse unless the MoE sub-layers of block `index` agree in what the composition needs them to."""
+    """Raise Misuse unless the MoE sub-layers of block `index` agree in all fields that the composition requires."""
     equal = EQUAL_WITHIN_A_BLOCK.get(composition, ())
     kinds = {tuple(getattr(spec, name) for name in equal) for spec in block if isinstance(spec, MoE)}
     if len(kinds) > 1:
@@ -85,7 +85,7 @@ def check_composition(block: Sequence[SubLayer], composition: str, index: int) -
 
 
 def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
-    """A sub-layer from its dict form (as in config.json), validated."""
+    """Return a valid sub-layer, made from its dict form (as in config.json) or given. Raise Misuse if invalid."""
     if isinstance(value, dict):
         name = value.get("kind", "moe")
         kind = {"dense": Dense, "moe": MoE}.get(name)
@@ -102,7 +102,7 @@ def sub_layer(value: SubLayer | dict[str, Any]) -> SubLayer:
 
 
 def record(kind: type, value: dict[str, Any], what: str) -> Any:
-    """The dataclass `kind` from its dict form; raises Misuse where a field is unknown or missing."""
+    """Make the dataclass `kind` from its dict form. Raise Misuse, which names it `what`, if a field is wrong."""
     known = {f.name: f.default is MISSING and f.default_factory is MISSING for f in fields(kind)}
     unknown = sorted(value.keys() - known)
     if unknown:

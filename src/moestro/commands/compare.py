@@ -35,14 +35,14 @@ def compare(
     """Train recipes on an equal budget, paired by seed; print the table, write comparison.json and report.html.
 
     Args:
-        recipes: Recipes, as `moestro recipes` lists them, also as NAME+VARIANT and NAME:FIELD=VALUE,...; the first is
-            what the others are compared to.
-        seeds: How many seeds; three or more give an interval. 0 with --sweep: the screening alone.
-        first_seed: The seeds count up from this one.
-        match: What is equal between recipes, training tokens or training FLOPs.
-        allow_unequal: Compare although budgets differ, and mark the table.
-        margin: Recipes shown to differ by less than this, in nats per token, are called equivalent.
-        verbose: Print every figure, losses by domain and the rule of the verdicts, as the report does.
+        recipes: Recipes, as `moestro recipes` lists them, also as NAME+VARIANT and NAME:FIELD=VALUE,...; the others
+            are compared with the first.
+        seeds: Number of seeds; three or more give an interval. 0 with --sweep: only the sweep runs.
+        first_seed: First random seed; the others follow it.
+        match: Budget that all recipes share: training tokens or training FLOPs.
+        allow_unequal: Compare recipes although their budgets differ, and mark the table.
+        margin: Equivalence margin in nats per token: recipes shown to differ by less are called equivalent.
+        verbose: Print all that the report shows: every figure, losses by domain, and the rule of the verdicts.
     """
     check("margin", margin, Positive)
     chosen = [recipe_flags.recipe(spec) for spec in recipes]
@@ -68,7 +68,7 @@ def compare(
 
 
 def counted(first_seed: int, seeds: int) -> range:
-    """Return the seeds of the comparison; raise Misuse if there are too many or one is out of range."""
+    """Return `seeds` seeds from `first_seed` on. Raise Misuse if there are too many or one is out of range."""
     check("seeds", seeds, Annotated[int, Range(at_least=0, at_most=1_000)])
     check("first_seed", first_seed, Seed)
     check("first_seed and the seeds after it", first_seed + max(seeds, 1) - 1, Seed)

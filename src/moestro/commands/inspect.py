@@ -21,13 +21,13 @@ def inspect(
     out: Path | None = None,
     running: Annotated[Running, tyro.conf.arg(name="")] = RUNNING,
 ) -> None:
-    """Say what a checkpoint is and which losses apply; with --data, report how it routes a text. Two: side by side.
+    """Print what one or two checkpoints are and which losses apply; with --data, report how they route a text.
 
     Args:
         checkpoints: One or two: a folder, a run of `moestro train`, an adapter of PEFT, or a name on the hub.
         data: Files, folders, globs or hf:NAME; LABEL=PATH names its domain, PATH::COLUMN its text column.
-        text_column: Column that holds the text in .jsonl, .csv and .parquet; a+b joins two.
-        max_bytes: Use at most this much of each domain.
+        text_column: Column that holds the text in JSON, CSV, TSV, Parquet and Arrow files; a+b joins two columns.
+        max_bytes: Largest number of bytes read of each domain.
         out: Folder of report.html and routing.json. Default: runs/inspect- and the checkpoints' names.
     """
     if running.robustness and not data:

@@ -12,5 +12,5 @@ RECIPE_FLAGS = RecipeFlags()
 
 
 def recipes(recipe_flags: Annotated[RecipeFlags, tyro.conf.arg(name="")] = RECIPE_FLAGS) -> None:
-    """List the recipes, what they cost at one size, and the variants of them."""
+    """List the recipes, their costs at one size, and their variants."""
     print_recipes([recipe_flags.recipe(name) for name in RECIPES])

@@ -29,7 +29,7 @@ def train(
         recipe: A recipe, as `moestro recipes` lists them; NAME+VARIANT is a variant of it, and NAME:FIELD=VALUE,...
             overrides fields.
         seed: Random seed for initial weights and data order.
-        export_stock: Save the finished model as its stock transformers sibling too, where it has one.
+        export_stock: Also save the finished model as its stock transformers sibling, which it must have, in stock/.
     """
     check("seed", seed, Seed)
     chosen = recipe_flags.recipe(recipe)

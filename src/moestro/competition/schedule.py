@@ -15,11 +15,11 @@ from moestro.routing import Batch
 def competing_tokens(
     batch: Batch, key: Int[Tensor, " tokens"], rate: float
 ) -> tuple[Int[Tensor, " competing"], Bool[Tensor, " competing"]]:
-    """Indices of the tokens that compete, and which rows of them are filled.
+    """Return the indices of the tokens that compete, and which of these indices are filled.
 
-    Of a sequence's n valid tokens the ceil(rate * n) with the smallest hashed `key`. Rows of a batch are sequences of
-    at most their length: so many rows there are, whatever is padded. Packed sequences, told apart by their positions,
-    are counted, which waits for the device.
+    In a sequence of n valid tokens, the ceil(rate * n) with the smallest hashed `key` compete. If every row is one
+    sequence, the result has as many indices as unpadded rows need, and those that padding leaves over are not filled.
+    The competing tokens of packed sequences are counted instead, which waits for the device.
     """
     tokens, sequence = len(key), batch.sequence
     valid = torch.ones_like(sequence, dtype=torch.bool) if batch.valid is None else batch.valid
@@ -56,6 +56,6 @@ def competes_in_step(step: int, layer: int, num_layers: int, rate: float, max_la
 
 @cache
 def turns(num_layers: int, seed: int) -> tuple[int, ...]:
-    """Each layer's place in an order drawn by the seed."""
+    """Return each layer's place in an order drawn from the seed."""
     order = sorted(range(num_layers), key=lambda layer: number_of(f"turn {seed} {layer}"))
     return tuple(order.index(layer) for layer in range(num_layers))

@@ -23,7 +23,7 @@ from moestro.data.tokenizer import check_tokenizer, encode, load_tokenizer, trai
 
 LAYOUT = 2  # raise when what is written to the cache, or how it is computed, changes
 TOKENIZER_TEXT = 16 * 1024 * 1024  # characters of training text for training a tokenizer
-CHECKED_DOCUMENTS = 1000  # training documents, on which the tokenizer is checked
+CHECKED_DOCUMENTS = 1000  # the tokenizer is checked on fewer than twice as many training documents, evenly spaced
 
 _BATCH = 2**20  # characters tokenised at once, over all cores
 _ARRAYS = ("tokens.npy", "starts.npy", "domain.npy", "bytes.npy")
@@ -31,9 +31,9 @@ _EXPECTED = ("gzip.json", *(f"{side}/{name}" for side in ("train", "held_out") f
 _TOKENIZER = "tokenizer/tokenizer.json"
 
 ALL = ""
-"""Stands for all domains among the names of domains, of which none is empty."""
+"""The key of all domains together, beside the names of domains. No domain has an empty name."""
 
-Tokenizer = PreTrainedTokenizerBase | int  # one that is given, or the vocabulary of one to train
+Tokenizer = PreTrainedTokenizerBase | int  # a tokenizer, or the vocabulary size of one to train
 
 
 def find(cache: Path, inventory: str | None) -> tuple[str, dict[str, Any]] | None:
@@ -51,7 +51,7 @@ def find(cache: Path, inventory: str | None) -> tuple[str, dict[str, Any]] | Non
 def build(
     cache: Path, inventory: Callable[[], str | None], load: Callable[[Path], Corpus], tokenizer: Tokenizer
 ) -> tuple[str, dict[str, Any]]:
-    """Read the sources with `load` and make their folder, unless it is there; return what `find` returns.
+    """Read the sources with `load`, and build their folder unless it exists intact. Return its key and its facts.
 
     A killed build of the same sources resumes after its last complete step: reading, tokenizer, or batch of tokens.
     """
@@ -76,12 +76,12 @@ def build(
 
 
 def folder_of(cache: Path, key: str) -> Path:
-    """Return the folder of a key."""
+    """Return the cache folder that holds the contents with this key."""
     return cache / "data" / key[:32]
 
 
 def identity(tokenizer: Tokenizer) -> str:
-    """Return a text that identifies the tokenizer by its behaviour, regardless of where it was loaded from."""
+    """Return a text that identifies the tokenizer by its contents, regardless of where it was loaded from."""
     if isinstance(tokenizer, int):
         return f"{TOKENIZER_TEXT} {tokenizer}"
     if isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -92,7 +92,7 @@ def identity(tokenizer: Tokenizer) -> str:
 
 
 def facts_of(corpus: Corpus) -> dict[str, Any]:
-    """Return the facts that describe a corpus, as JSON. They may differ even if the resulting texts are equal."""
+    """Return the facts that describe a corpus, as plain JSON values. They may differ between equal texts."""
     names = ("hash", "domains", "missing", "duplicates", "left_out", "shared", "leaked")
     return json.loads(json.dumps({name: getattr(corpus, name) for name in names}))
 
@@ -142,7 +142,7 @@ def _tokenise(
     documents: Callable[[int], Iterable[Document]],
     total: int,
 ) -> None:
-    """Write the tokens of `documents(start)`, after those that a killed build has written."""
+    """Write the tokens of `documents(start)`, where `start` counts the documents that a killed build has written."""
     end_of_text = cast(int, tokenizer.eos_token_id)
     writer = StreamWriter(folder, end_of_text=end_of_text, vocabulary=vocabulary_size(tokenizer))
     remaining = watched(documents(writer.documents), "tokenising documents", total=total - writer.documents)
@@ -172,7 +172,7 @@ def gzip_bits_per_byte(folder: Path) -> dict[str, float]:
 
 
 def _gzip_bits_per_byte(corpus: Corpus) -> dict[str, float]:
-    """Return the bits per byte of gzip -9 on the held-out text, per domain and of ALL: a baseline for any model."""
+    """Return the bits per byte of gzip -9 on held-out text, per domain and for ALL: a baseline for any model."""
     texts = {domain: [d.text for d in corpus.held_out if d.domain == domain] for domain in corpus.domains}
     texts[ALL] = [document.text for document in corpus.held_out]
     joined = {name: "".join(parts).encode() for name, parts in texts.items() if parts}

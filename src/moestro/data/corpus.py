@@ -39,7 +39,7 @@ class Corpus:
     missing: tuple[str, ...]  # domains of the default corpus that this interpreter lacks
     duplicates: int  # documents dropped because their text had been read before
     left_out: dict[str, int]  # bytes per domain on neither side: beyond a limit, or in `shared`
-    shared: dict[str, int]  # bytes per domain cut from held-out text because they occur in training text
+    shared: dict[str, int]  # bytes per domain cut from candidates for held-out text because training text has them
     leaked: dict[str, tuple[int, int]]  # per domain: held-out characters that occur in training text, and all
     hash: str  # SHA-256 over side, domain and text of every document, in whatever order they were read
 
@@ -98,9 +98,9 @@ def split_documents(
     the limits.
 
     Passages of held-out text that occur in the train text, and near-duplicates of it, are cut out and left out as well
-    (`decontamination.unseen_parts`). If that removes more than three quarters of a domain's held-out text, up to eight
-    times as many of its documents are held out (at most half). If that is not enough, the domain repeats itself
-    throughout, and its held-out text stays uncut. `leaked` counts the overlap that remains.
+    (`decontamination.unseen_parts`). If that leaves less than a quarter of the held-out bytes that a domain should
+    have, up to eight times as many of its documents are held out (at most half). If that is not enough, the domain
+    repeats itself throughout, and its held-out text stays uncut. `leaked` counts the overlap that remains.
     """
     check_limits(held_out_fraction, max_bytes, max_held_out_bytes)
     spool = spooled(documents, folder)

@@ -24,8 +24,9 @@ _MIN_REST = 50  # characters; a shorter remainder between two cuts is dropped
 def unseen_parts(documents: Sequence[Document], train: Iterable[str]) -> list[list[Document]]:
     """Cut passages of `train` out of each document; return the remaining parts of each, in order.
 
-    A span of 200 characters or more that occurs in training text is cut out. Then near-duplicates are dropped: parts
-    with more than half of their characters in shorter passages of training text (50 characters without white space).
+    A span of 200 characters or more that occurs in training text is cut out, and so is a remainder of fewer than 50
+    characters beside it. Then near-duplicates are dropped: parts with more than half of their characters in shorter
+    passages of training text (50 characters without white space). Parts of white space alone are dropped too.
     """
     texts = [document.text for document in documents]
     exact, near = Windows(texts, SPAN), Windows(texts, _NEAR, spaces=False)
@@ -34,7 +35,7 @@ def unseen_parts(documents: Sequence[Document], train: Iterable[str]) -> list[li
 
 
 def leaked_characters(documents: Sequence[Document], train: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Return, per domain, the number of characters in spans of 200 or more that occur in `train`, and of all."""
+    """Return, per domain, the characters in spans of 200 or more that occur in `train`, and all characters."""
     windows = Windows([document.text for document in documents], SPAN)
     search(train, windows)
     counts: dict[str, tuple[int, int]] = {}

@@ -1,7 +1,7 @@
 """Measure how much of one text occurs in another, by rolling hashes of every window of characters.
 
 Held-out text is small and bounded, so the hashes of all its windows fit into memory. Training text of any size is then
-read once. A window is found if training text contains exactly the same characters.
+read once. A window is found if training text contains exactly the same characters, up to a collision of 64-bit hashes.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ SPAN = 200  # characters; held-out text in a span of this length that occurs in 
 _BLOCK = 2**17  # characters hashed at once
 _BORDER = "\ud800"  # separates texts: half a surrogate pair, which no document contains
 _TABLE_BITS = 24
-_SLOTS = (64 - _TABLE_BITS, 64 - 2 * _TABLE_BITS)  # lowest bits of the parts of a hash that the filter looks at
+_SLOTS = (64 - _TABLE_BITS, 64 - 2 * _TABLE_BITS)  # lowest bit of each part of a hash that the filter uses
 
 # Polynomials modulo 2**64. The base is any odd number that mixes well.
 _BASE = 0x9E3779B97F4A7C15
@@ -23,7 +23,7 @@ _INVERSE = pow(_BASE, -1, 2**64)
 class Windows:
     """All windows of `length` characters of some texts, and which of them were found elsewhere.
 
-    With `spaces=False` white space is removed first, so that text with other line breaks is still found.
+    With `spaces=False` ASCII white space is removed first, so that text with other line breaks is still found.
     """
 
     def __init__(self, texts: Sequence[str], length: int, *, spaces: bool = True) -> None:
@@ -41,7 +41,7 @@ class Windows:
             self._table[_slot(self._known, slot)] = True
 
     def find(self, text: str) -> None:
-        """Mark the windows that occur in `text`. Call it once for each text."""
+        """Mark the windows that occur in `text`. Marks accumulate over calls."""
         for hashes in self._hashes(self._codes(text)):
             for slot in _SLOTS:
                 hashes = hashes[self._table[_slot(hashes, slot)]]
@@ -49,7 +49,7 @@ class Windows:
             self._found[place[self._known[place] == hashes]] = True
 
     def covered(self) -> list[Bool[np.ndarray, " _characters"]]:
-        """Return, per text, which characters lie in a found window (without white space if `spaces` is False)."""
+        """Return, per text, which characters lie in a found window. With `spaces=False` white space has no entries."""
         found, start = self._found[self._place.reshape(-1)], 0
         covered = []
         for size in self._sizes:
@@ -76,14 +76,14 @@ class Windows:
 
 
 def search(texts: Iterable[str], *windows: Windows) -> None:
-    """Mark the windows that occur in any of `texts`. The texts are read once, as a stream."""
+    """Mark, in each of `windows`, those that occur in any of `texts`. The texts are read once, as a stream."""
     for joined in _joined(texts):
         for each in windows:
             each.find(joined)
 
 
 def inked(text: str) -> Bool[np.ndarray, " _characters"]:
-    """Return which characters are not white space; windows with `spaces=False` consist of those."""
+    """Return which characters `spaces=False` keeps: those above U+0020, so no ASCII white space."""
     return _code_points(text) > ord(" ")
 
 

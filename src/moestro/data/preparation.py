@@ -156,7 +156,7 @@ def _share(counts: Iterable[Sequence[int]]) -> float:
 
 
 def _count(packed: PackedRows, num_domains: int) -> list[dict[str, int]]:
-    """Documents, bytes and tokens (end-of-text tokens included) of each domain."""
+    """Return, for each domain, its number of documents, bytes and tokens (end-of-text tokens included)."""
     domain = packed.document_domain
     weights = {"documents": np.ones_like(domain), "bytes": packed.document_bytes, "tokens": packed.document_tokens}
     sums = {name: np.bincount(domain, weight, num_domains) for name, weight in weights.items()}

@@ -17,20 +17,20 @@ _ATTEMPTS = (
     (2, 0.25),
     (4, 0.25),
     (8, 0.1),
-)  # multiple of the held-out fraction, and the share of the wanted bytes that must remain
-_UNCUT = len(_ATTEMPTS)  # last resort: keep held-out text uncut
+)  # multiples of the held-out fraction to try in turn, and the share of the wanted bytes that must then remain
+_UNCUT = len(_ATTEMPTS)  # the last attempt: the held-out fraction itself, uncut
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A domain's rule for held-out keys: those below a threshold, never all, never none of two or more."""
+    """The keys of a domain that are held out: those below a threshold; with two or more keys, some and not all."""
 
     below: bytes
     largest: bytes
 
     @classmethod
     def of(cls, keys: tuple[bytes, bytes], fraction: float) -> "Rule":
-        """Make the rule for about `fraction` of a domain from its smallest and largest key."""
+        """Return the rule that holds out about `fraction` of a domain, from its smallest and largest key."""
         threshold = math.ceil(fraction * 2**64).to_bytes(8, "big")
         return cls(below=max(threshold, keys[0] + b"\0"), largest=keys[1])
 
@@ -47,7 +47,7 @@ class Train:
 
     def __init__(self, spool: Spool, rules: Mapping[str, Rule], max_bytes: int | None) -> None:
         self._spool, self._rules = spool, rules
-        self._ends: dict[str, bytes] = {}  # per domain, the first piece that does not fit
+        self._ends: dict[str, bytes] = {}  # per domain, the fingerprint of the first piece that does not fit
         self._cut: list[Piece] = []  # the parts of it, and of later pieces, that fit into the remaining bytes
         if max_bytes is not None:
             self._limit(max_bytes)
@@ -87,19 +87,20 @@ class Train:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sides:
-    """Both sides of a split."""
+    """The two sides of a split: training and held-out documents."""
 
     train: Train
     held_out: tuple[Document, ...]  # in the order of their fingerprints
-    shared: Counter[str]  # bytes per domain cut from held-out text because they occur in training text
+    shared: Counter[str]  # bytes per domain cut from candidates for held-out text because training text has them
 
 
 def split(spool: Spool, fraction: float, max_bytes: int | None, max_held_out_bytes: int) -> Sides:
     """Split documents into about `fraction` held-out text and the rest, and cut shared passages from held-out text.
 
     If less than a quarter of a domain's wanted bytes remains, more of the domain is held out: up to eight times as
-    much, at most half of it. If less than a tenth remains even then, the domain repeats itself throughout, and its
-    held-out text stays uncut.
+    much, at most half of it. If less than a tenth remains even then, the domain repeats itself throughout: about
+    `fraction` of it is held out, uncut. The wanted bytes are the candidates' bytes or, if less, `max_held_out_bytes`.
+    Each attempt reads all training text.
     """
     keys = spool.keys()
     attempts = dict.fromkeys(keys, 0)
@@ -132,7 +133,7 @@ def split(spool: Spool, fraction: float, max_bytes: int | None, max_held_out_byt
 
 
 def bytes_of(documents: Iterable[Document]) -> Counter[str]:
-    """Return the bytes of text in each domain."""
+    """Return the UTF-8 bytes of text in each domain."""
     sizes: Counter[str] = Counter()
     for document in documents:
         sizes[document.domain] += len(document.text.encode())
@@ -140,7 +141,7 @@ def bytes_of(documents: Iterable[Document]) -> Counter[str]:
 
 
 def sample(documents: Sequence[Document], max_bytes: int) -> Iterator[Document]:
-    """Yield the first `max_bytes` of each domain; the last document is cut to fit."""
+    """Yield documents up to `max_bytes` of UTF-8 in each domain; the last document is cut to fit."""
     used: Counter[str] = Counter()
     for document in documents:
         text = first_bytes(document.text, max_bytes - used[document.domain])
@@ -150,12 +151,12 @@ def sample(documents: Sequence[Document], max_bytes: int) -> Iterator[Document]:
 
 
 def first_bytes(text: str, room: int) -> str:
-    """Return the beginning of a text that fits into `room` bytes of UTF-8."""
+    """Return the longest beginning of a text that fits into `room` bytes of UTF-8."""
     return text.encode()[: max(room, 0)].decode(errors="ignore")
 
 
 def _pool(spool: Spool, rules: Mapping[str, Rule], room: Mapping[str, int]) -> Iterator[Document]:
-    """Yield held-out documents of each domain until they reach `room` bytes."""
+    """Yield candidates for held-out text until each domain has `room` bytes; the last one may exceed it."""
     used: Counter[str] = Counter()
     for piece in spool.pieces():
         if rules[piece.domain].holds(piece) and used[piece.domain] < room[piece.domain]:

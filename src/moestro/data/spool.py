@@ -42,8 +42,8 @@ class Piece:
 
     fingerprint: bytes  # hash of its text
     domain: str
-    key: bytes  # decides its side: the document's fingerprint, so that all its windows share one side
-    place: int  # in the file of texts
+    key: bytes  # decides its side; see `Spool.finish`
+    place: int  # offset in the file of texts, in bytes
     size: int  # bytes
     source: str
 
@@ -86,7 +86,11 @@ class Spool:
         self._end += len(data)
 
     def finish(self) -> None:
-        """Cut domains with few documents into windows, and mark the spool complete on disk."""
+        """Cut domains of fewer than 20 documents into smaller windows, and mark the spool complete on disk.
+
+        The windows of a document have its fingerprint as their key, so that they share one side of the split. In these
+        domains each window has its own: otherwise one document could not be split.
+        """
         self._texts.flush()
         for domain, count in self._documents.items():
             if count < FEW_DOCUMENTS:
@@ -96,7 +100,7 @@ class Spool:
 
     @property
     def complete(self) -> bool:
-        """True once all documents were added, by this process or by a killed one."""
+        """True once all documents are added, by this process or an earlier one that used the same folder."""
         return self._done.exists()
 
     def pieces(self) -> Iterator[Piece]:
@@ -110,11 +114,11 @@ class Spool:
         return {domain: (smallest, largest) for domain, smallest, largest in rows}
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of each domain, in the order of their names."""
+        """Return the UTF-8 bytes of each domain's pieces, in the order of the domains' names."""
         return dict(self._index.execute("SELECT domain, sum(size) FROM pieces GROUP BY domain ORDER BY domain"))
 
     def read(self, piece: Piece) -> Document:
-        """Return a piece with its text."""
+        """Read the text of a piece, and return it as a document."""
         text = os.pread(self._texts.fileno(), piece.size, piece.place).decode()
         return Document(text=text, domain=piece.domain, source=piece.source)
 
@@ -127,7 +131,7 @@ class Spool:
             self._add_pieces(self.read(piece), piece.place, limit, None)
 
     def _add_pieces(self, document: Document, place: int, limit: int, key: bytes | None) -> None:
-        """Index the windows of a document under `key`; if it is None, each window under its own fingerprint."""
+        """Index windows of at most `limit` characters under `key`; None: each under its own fingerprint."""
         for window in windows(document, limit):
             data = window.text.encode()
             own = fingerprint(data)
@@ -137,12 +141,12 @@ class Spool:
 
 
 def storable(name: str) -> str:
-    """Return a name that UTF-8 can hold: names of files may be any bytes, which Python gives as half surrogates."""
+    """Escape what UTF-8 cannot hold: file names may be any bytes, and Python represents some as lone surrogates."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 def fingerprint(data: bytes) -> bytes:
-    """Return the hash of a UTF-8 text that identifies it."""
+    """Return the 16-byte hash that identifies a text, given in UTF-8."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
@@ -164,7 +168,7 @@ def windows(document: Document, limit: int) -> Iterator[Document]:
 
 
 def spooled(documents: Iterable[Document], folder: Path | None = None) -> Spool:
-    """Write all documents to `folder` (None: a temporary one) unless that is complete; return the spool."""
+    """Return a spool of all documents in `folder` (None: a temporary one); if that is complete, read no document."""
     with failures_as_os_errors(folder or Path(gettempdir())):
         spool = Spool(folder)
         for document in () if spool.complete else documents:

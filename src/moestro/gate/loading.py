@@ -22,7 +22,7 @@ from moestro.gate.visible import said
 SAFE, INDEX, ADAPTER_WEIGHTS = ".safetensors", "*.safetensors.index.json", "adapter_model.safetensors"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 LARGEST_JSON = {"tokenizer.json": 512 * 2**20, "vocab.json": 64 * 2**20}
-"""Largest size in bytes; other JSON files may have 16 MiB, indices of weights 64 MiB."""
+"""Largest size in bytes. Other JSON files and templates may have 16 MiB, indices of weights 64 MiB."""
 MOST = {
     "layers": 2_000,
     "num_layers": 2_000,
@@ -40,8 +40,9 @@ IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 @contextmanager
 def one_misuse(problem: str) -> Iterator[None]:
-    """Turn any exception of a library into `Misuse(f"{problem}: {reason}")`.
+    """Turn any exception within the context into `Misuse(f"{problem}: {reason}")`.
 
+    TrainingFailed passes unchanged, and so does what is no Exception, such as KeyboardInterrupt (but see below).
     Catch every Exception on purpose: a stranger's config can cause ZeroDivisionError as well as OSError, and tokenizers
     raises bare Exception, or Rust's PanicException, which is only a BaseException.
     """
@@ -95,7 +96,7 @@ def load_adapter_config(folder: str, problem: str) -> Any:
 
 
 def load_adapter(model: Any, folder: str, problem: str) -> Any:
-    """Load a PEFT adapter onto `model`, from safetensors alone."""
+    """Load a PEFT adapter onto `model`, from safetensors alone. Raise Misuse, beginning with `problem`, if not."""
     from peft import PeftModel
 
     with one_misuse(problem):
@@ -106,7 +107,11 @@ def load_adapter(model: Any, folder: str, problem: str) -> Any:
 
 
 def load_rows(name: str, config: str | None, split: str, problem: str) -> Any:
-    """Load one split of a data set of the hub, or of a folder, as `datasets` does; its scripts are never run."""
+    """Load one split of a data set of the hub, or of a folder, with `datasets`; its scripts are never run.
+
+    Raises:
+        Misuse: beginning with `problem`, if it cannot be loaded.
+    """
     import datasets  # slow to import, and rarely needed
 
     with one_misuse(problem):
@@ -120,7 +125,7 @@ def load_arrays(path: Path, names: Iterable[str], problem: str) -> dict[str, np.
 
 
 def check_folder(folder: Path) -> None:
-    """Raise Misuse if a folder holds pipes, devices or oversized configs. A hub name passes."""
+    """Raise Misuse if a folder holds pipes, devices, or oversized JSON files or templates. A hub name passes."""
     for path, status in contents(folder):
         small = 64 * 2**20 if path.match(INDEX) else 16 * 2**20
         most = LARGEST_JSON.get(path.name, small)
@@ -141,7 +146,7 @@ def contents(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 def check_config(stored: Any) -> None:
-    """Raise Misuse if a config.json names code of the hub, or asks for more objects than a model can have."""
+    """Raise Misuse if a config.json is malformed, names hub code or pickled weights, or asks for too many objects."""
     if not isinstance(stored, Mapping):
         raise Misuse(f"config.json must hold an object, got {type(stored).__name__}")
     architectures = stored.get("architectures")
@@ -176,7 +181,11 @@ def entries(stored: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raise Misuse if a folder has pickled weights only, or an index names files outside of it. A hub name passes."""
+    """Raise Misuse unless a folder's weights can be read from safetensors alone. A hub name passes.
+
+    Every file in an index of weights must exist in this folder and be in safetensors format; pickled weights alone are
+    refused.
+    """
     if not folder.is_dir():
         return
     for index in folder.glob(INDEX):

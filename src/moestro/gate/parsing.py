@@ -14,7 +14,7 @@ from moestro.errors import Misuse
 
 _FRAME = "│╭╮╰╯─┌┐└┘|+-• "
 _HELP = re.compile(r"Argument helptext:|For full helptext|Perhaps you meant|Similar|Are you sure")
-"""Marks where tyro's message turns from the mistake to advice."""
+"""The first words of the advice that follows the mistake in tyro's message."""
 
 
 def parsed(commands: Mapping[str, Callable[..., None]], description: str) -> Callable[[], None]:
@@ -50,7 +50,7 @@ def deferred(command: Callable[..., None]) -> Callable[..., Any]:
 
 
 def in_one_line(box: str) -> str:
-    """Return the mistake in a box that tyro drew, without frame and advice, and the command for help."""
+    """Return the mistake that tyro reports in `box`, without its frame and advice, and name the command for help."""
     words = " ".join(line.strip(_FRAME) for line in box.splitlines())
     mistake = " ".join(_HELP.split(words)[0].split())
     typed = next((word for word in sys.argv[1:2] if word.isalpha()), "")

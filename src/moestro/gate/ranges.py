@@ -39,7 +39,7 @@ class Range:
 
     @property
     def words(self) -> str:
-        """Both bounds in words, to follow "a number"."""
+        """The bounds in words that follow "a number", such as " above 0 and at most 1"; empty without bounds."""
         low = f" of at least {self.at_least:,}" if self.at_least is not None else ""
         low = f" above {self.above:,}" if self.above is not None else low
         high = f"at most {self.at_most:,}" if self.at_most is not None else ""
@@ -117,7 +117,7 @@ def wrong(value: Any, hint: Any) -> str | None:
 
 
 def wrong_for_all(value: Any, kinds: tuple[Any, ...]) -> str | None:
-    """Like `wrong`, for a union: None if one member fits, else the requirements of all members but None."""
+    """Like `wrong`, for a union: None if one member fits, else the requirements of its members, None left out."""
     problems = [None if value is None else "" if kind is type(None) else wrong(value, kind) for kind in kinds]
     if value is None:
         return None if type(None) in kinds else either([wrong(value, kind) or "" for kind in kinds])
@@ -133,7 +133,7 @@ def wrong_number(value: Any, kind: type, limits: Range) -> str | None:
 
 
 def wrong_tuple(value: Any, kinds: tuple[Any, ...]) -> str | None:
-    """Like `wrong`, for a tuple of any length with items of one kind."""
+    """Like `wrong`, for a tuple (or list) of any length whose items all have the kind `kinds[0]`."""
     if not isinstance(value, tuple | list):
         return "a tuple"
     problems = (wrong(item, kinds[0]) for item in value)

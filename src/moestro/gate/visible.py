@@ -12,11 +12,11 @@ import warnings
 from typing import Any
 
 _JOINERS = "\u200c\u200d"  # invisible but part of how Persian, Hindi and emoji are written
-_LINE, _END = 1200, 300
+_LINE, _END = 1200, 300  # characters of the longest line, and those of its end that stay if it is cut
 
 
 def visible(text: str) -> str:
-    """Return `text` with every control, direction and surrogate character replaced by its code point."""
+    """Return `text` with line breaks and every control, direction and surrogate character replaced by code points."""
     return text if text.isascii() and text.isprintable() else "".join(_visible(character) for character in text)
 
 

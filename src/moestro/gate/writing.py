@@ -1,4 +1,4 @@
-"""Turn errors of libraries that cannot write, on a full disk say, into the system's OSError."""
+"""Turn the errors of libraries that cannot write, for example to a full disk, into the system's OSError."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 @contextmanager
 def failures_as_os_errors(folder: Path) -> Iterator[None]:
-    """Raise OSError with a file name, `folder` if none is known, where a library cannot write within the context.
+    """Turn a library's failed write within the context into OSError; `folder` is its file name if it has none.
 
     safetensors, tokenizers, torch.save and SQLite raise error types of their own, with the system's error number in the
     text or not at all.

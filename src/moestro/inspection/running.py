@@ -13,16 +13,16 @@ DEFAULT_MAX_BYTES = 256 * 2**10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """How to run the models."""
+    """Settings for running the models."""
 
     tokenizer: str | None = None
     """Folder or name of a tokenizer of transformers. Default: each checkpoint's own."""
     sequence_length: Length | None = None
-    """Default: 512, or what the model can take."""
+    """Tokens per row. Default: 512, or fewer if the model cannot take as many."""
     batch_tokens: BatchTokens = 4096
     """Tokens that run at once; MaxVio within a batch depends on it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation. auto: bfloat16 where this machine gains by it."""
+    """Compute dtype; auto measures whether bfloat16 is faster on this machine."""
     robustness: bool = False
     """Also run the text with each token's first expert disabled, in every layer singly and in all, with random experts
     in its place, and with noise on the router's logits: one pass for each."""

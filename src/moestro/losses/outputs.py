@@ -79,7 +79,7 @@ def projections_on_span(gram: Float[Tensor, "tokens k k"]) -> Float[Tensor, "tok
 
 
 def slot_shares(record: LayerRecord) -> Float[Tensor, "tokens k"]:
-    """What each edge counts for, of sum 1 over a token's edges, detached: scores, else |weight|; 0 where no edge is."""
+    """Return each edge's share, detached: its score, else |weight|, normalised to sum to 1; 0 in unused slots."""
     if record.routing.scores is not None:
         return slot_scores(record, "orthogonality").detach()
     unused = chosen(record.routing, record.batch) == 0

@@ -29,9 +29,9 @@ def learned_scores(record: LayerRecord, loss: str) -> Float[Tensor, "tokens expe
 
 
 def slot_scores(record: LayerRecord, loss: str = "variance") -> Float[Tensor, "tokens k"]:
-    """s: the simplex scores at the chosen experts, of sum 1 over a token's edges; 0 where a slot is no edge.
+    """Return s: the router's scores at the chosen experts, normalised to sum to 1 over a token's edges.
 
-    0 at padding too. `loss` is named where the router has no scores.
+    It is 0 in unused slots and at padding. The Misuse for a router without scores names `loss`.
     """
     used = chosen(record.routing, record.batch) > 0
     scores = full_precision(learned_scores(record, loss))

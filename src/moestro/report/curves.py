@@ -73,7 +73,7 @@ def _figure(recipes: Sequence[RecipeResult], curves: list[list[Curve]], *, marke
 
 
 def _beside_competition(recipes: Sequence[RecipeResult], name: str) -> Figure:
-    """How well routers know competition."""
+    """Draw the agreement or regret (`name`) of routers beside competition, over training tokens."""
     curves: list[list[Curve]] = [
         [[(p.tokens, p.competition[name]) for p in run.curve if name in p.competition] for run in recipe.runs]
         for recipe in recipes

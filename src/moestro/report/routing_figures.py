@@ -64,7 +64,7 @@ def bounds(values: Sequence[float], least: float) -> list[float]:
 
 
 def trace(checkpoint: Measured, index: int, labels: list[str], measure: Measure) -> Figure:
-    """One checkpoint's line; gaps where it has no MoE layer of that label."""
+    """Return one checkpoint's line. It passes over labels of which the checkpoint has no MoE layer."""
     layers, colour = by_label(checkpoint), series_colour(index + 1)
     values = [layers[label].figures.get(measure.field) if label in layers else None for label in labels]
     return {

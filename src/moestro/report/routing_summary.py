@@ -75,13 +75,15 @@ def domain_rows(study: RoutingStudy) -> tuple[Row, ...]:
         return None if found is None else found.bits_per_byte
 
     return tuple(
-        row(domain, [bits(checkpoint, domain) for checkpoint in study.checkpoints], 3, detail=read(study, domain))
+        row(
+            domain, [bits(checkpoint, domain) for checkpoint in study.checkpoints], 3, detail=amount_read(study, domain)
+        )
         for domain in study.domains
     )
 
 
-def read(study: RoutingStudy, domain: str) -> str:
-    """What was read of a domain: "12 documents, 34.1k bytes, 1.20M left out"."""
+def amount_read(study: RoutingStudy, domain: str) -> str:
+    """Say how much of a domain was read, as in "12 documents, 34.1k bytes, 1.20M left out"."""
     size = study.domains[domain]
     words = f"{size.documents:,} document{'' if size.documents == 1 else 's'}, {metric(size.bytes)} bytes"
     return words + (f", {metric(size.left_out_bytes)} left out" if size.left_out_bytes else "")

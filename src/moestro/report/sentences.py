@@ -165,7 +165,7 @@ def at_the_edge(found: Sweep, end: Callable[[list[float]], float]) -> list[str]:
 
 
 def difference(comparison: Comparison, result: RecipeResult) -> str:
-    """How far a recipe's held-out loss lies from the first's: "0.012 nats lower than dense [0.004, 0.020], 3 seeds"."""
+    """Return the difference from the first recipe, as in "0.012 nats lower than dense [0.004, 0.020], 3 seeds"."""
     found, first = result.difference, comparison.recipes[0].name
     if result is comparison.recipes[0]:
         return "what the others are compared to"

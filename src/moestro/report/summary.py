@@ -108,7 +108,7 @@ def _over_layers(runs: Sequence[Run], name: str) -> str:
 
 
 def _dead_experts(runs: Sequence[Run]) -> str:
-    """The worst seed's dead experts of all layers' experts."""
+    """Return the dead experts of the run that has most, of the experts of all layers, as in "3 of 64"."""
     experts = sum(len(layer.load) for layer in runs[0].layers) if runs else 0
     if experts == 0:
         return ABSENT

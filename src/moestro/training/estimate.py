@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def duration(self) -> str:
-        """The time in a unit that reads well."""
+        """The estimated time as text, in seconds, minutes, hours or days."""
         for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
             if self.seconds >= 2 * length:
                 return f"{self.seconds / length:,.1f} {unit}"
@@ -95,7 +95,11 @@ def estimate(recipe: Recipe, runs: float | int, dtype: str, speed: float) -> Est
 
 
 def memory_bytes(recipe: Recipe, width: int = 4) -> float:
-    """Weights, gradients, AdamW's state, activations (`width` bytes each) and competition's answers of one run."""
+    """Return the memory of one run in bytes.
+
+    It counts weights, gradients and AdamW's state in fp32; activations and competition's answers have `width` bytes per
+    number.
+    """
     count = count_parameters(recipe.model.architecture)
     return 16 * count.total + activation_bytes(recipe, width) + answers_bytes(recipe, width)
 
@@ -122,10 +126,11 @@ def activation_bytes(recipe: Recipe, width: int) -> float:
 
 
 def answers_bytes(recipe: Recipe, width: int) -> float:
-    """What competition holds at once, `width` bytes a number: answers of all experts of one layer, a part at a time.
+    """Return the bytes that competition holds at once, at `width` bytes per number.
 
-    Where gradient goes through the winners' shares, or their outputs shall differ, every token's chosen outputs too, in
-    all layers that compete in one step (one, where a block's activations are recomputed).
+    These are the answers of all experts of one layer, for one part of the tokens at a time. With `through_weights` or
+    the diversity loss, each token's chosen outputs are kept too, in all layers that compete in one step (in one layer,
+    if activations are recomputed).
     """
     rule, t, model = recipe.compete, recipe.training, recipe.model
     if rule is None:

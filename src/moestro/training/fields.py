@@ -43,7 +43,7 @@ def override(tree: Any, values: Mapping[str, Any]) -> Any:
 
 
 def named(paths: Sequence[tuple], name: str) -> list[tuple]:
-    """Those of the paths that end in `name`."""
+    """Return the paths that end in the dotted `name`. Raise Misuse, with the nearest name, if there is none."""
     wanted = tuple(name.split("."))
     found = [path for path in paths if tuple(part for part in path if isinstance(part, str))[-len(wanted) :] == wanted]
     if not found:

@@ -13,7 +13,7 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     are: a paired comparison (docs/design.md).
     """
     state = torch.random.get_rng_state()
-    # What sub-layers of a block share starts as the first one's, as it would if they shared nothing.
+    # Skip modules that borrow the weights of an earlier sub-layer: `tie_weights` gives them its initial values.
     base = model.base_model
     borrowers = {base.get_submodule(key.rpartition(".")[0]) for key in base.all_tied_weights_keys}  # type: ignore[union-attr]
     for name, module in model.named_modules():

@@ -10,15 +10,16 @@ STATUS, FORGET, PEAK = Path("/proc/self/status"), Path("/proc/self/clear_refs"),
 
 
 def forget_peak() -> bool:
-    """Reset the peak; return False if the system cannot reset it.
+    """Reset the peak if the system can; return False if the peak must not be reported.
 
-    Linux resets it through /proc, which containers may mount read-only.
+    Linux resets it through /proc, which containers may mount read-only: False. Other systems cannot reset it, and their
+    peak includes the time before training: True.
     """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         return True
     if sys.platform != "linux":
-        return True  # not resettable: the peak includes the time before training
+        return True
     try:
         FORGET.write_text("5")
     except OSError:
@@ -27,7 +28,7 @@ def forget_peak() -> bool:
 
 
 def peak_memory_bytes() -> int | None:
-    """Return the peak memory of the CUDA device, else of this process's resident set; None if the system hides it."""
+    """Return the peak memory in bytes of the CUDA device, else of this process; None if the system hides it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform != "linux":

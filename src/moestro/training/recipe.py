@@ -60,7 +60,7 @@ class Model:
 
     @property
     def num_moe_blocks(self) -> int:
-        """Blocks that hold MoE sub-layers."""
+        """Number of blocks that hold MoE sub-layers."""
         return self.num_layers // self.every if any(isinstance(spec, MoE) for spec in self.block) else 0
 
     @property
@@ -226,9 +226,10 @@ class Recipe:
         check_fields(self)
 
     def training_flops(self) -> int:
-        """Of the run, per token at the training sequence length: forward, backward and competition's answers.
+        """Return the training FLOPs per token, averaged over the run: forward, backward and competition's answers.
 
-        By tokens a row counts as one sequence: of documents packed apart (`block_diagonal`) a few more tokens compete.
+        For competition by tokens, each row counts as one sequence. If packed documents are kept apart
+        (`block_diagonal`), a few more tokens compete than are counted here.
         """
         length, steps = self.training.sequence_length, self.training.steps
         architecture = self.model.architecture

@@ -1,1 +1,1 @@
-"""What the commands do once their words are checked. These modules import torch and transformers."""
+"""The work of the commands, after their flags are checked. These modules import torch and transformers."""

@@ -25,7 +25,7 @@ from moestro.training.train import Options
 def print_commands(
     the_plan: Plan, folder: Path, recipe_flags: RecipeFlags, data_flags: DataFlags, run_flags: RunFlags
 ) -> None:
-    """Print one command per run for a scheduler."""
+    """Print one `moestro train` command per run, for a scheduler; with a sweep, its runs only."""
     quiet()
     run_flags.check(the_plan.recipes)
     decided = with_one_dtype(the_plan, folder, Visible(stderr=True))
@@ -36,7 +36,7 @@ def print_commands(
 def compare_recipes(
     the_plan: Plan, folder: Path, *, data_flags: DataFlags, job_flags: JobFlags, run_flags: RunFlags, verbose: bool
 ) -> None:
-    """Run a comparison in `folder` and print its table. Raise TrainingFailed, at the end, if runs failed."""
+    """Run a comparison in `folder` and print its table. Raise TrainingFailed, after printing, if runs failed."""
     quiet()
     run_flags.check(the_plan.recipes)
     jobs = choose(job_flags.jobs, job_flags.threads, the_plan.recipes, the_plan.runs)

@@ -14,7 +14,7 @@ DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES = 4 * 2**20, 48 * 2**10
 
 
 def prepared(flags: DataFlags, recipe: Recipe) -> PreparedData:
-    """Prepare the data for one recipe."""
+    """Prepare the data for one recipe: its sequence length, and its vocabulary size if a tokenizer is trained here."""
     t = recipe.training
     train, held_out = (None, MAX_HELD_OUT_BYTES) if flags.data else (DEFAULT_MAX_BYTES, DEFAULT_HELD_OUT_BYTES)
     return prepare(
@@ -29,7 +29,7 @@ def prepared(flags: DataFlags, recipe: Recipe) -> PreparedData:
 
 
 def fit(flags: DataFlags, recipes: Sequence[Recipe], data: PreparedData) -> list[Recipe]:
-    """Return the recipes with the vocabulary size of a given tokenizer; one trained here has the recipe's size."""
+    """Return the recipes with the vocabulary size of the tokenizer, if the user named one; else unchanged."""
     if flags.tokenizer is None:
         return list(recipes)
     vocabulary = vocabulary_size(data.tokenizer)

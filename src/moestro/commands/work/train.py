@@ -20,7 +20,7 @@ from moestro.training.train import Options, train
 def train_recipe(
     recipe: Recipe, folder: Path, *, seed: int, data_flags: DataFlags, run_flags: RunFlags, export_stock: bool
 ) -> None:
-    """Train one recipe in `folder` and print its held-out loss."""
+    """Train one recipe in `folder`, or read it if it is finished, and print its held-out loss."""
     quiet()
     run_flags.check([recipe])
     console = Visible(stderr=True)
@@ -39,7 +39,7 @@ def train_recipe(
 
 
 def export(folder: Path) -> None:
-    """Save the finished model of a run as its stock sibling."""
+    """Save the finished model of a run as its stock sibling in `folder`/stock. Raise Misuse if it has none."""
     finished = str(folder / "model")
     model = load_model(MoestroForCausalLM, finished, f"the finished model in {finished} cannot be read")
     with failures_as_os_errors(folder / "stock"):
