@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agreement import run_fresh, small_config, small_model
+from command_line import moestro
 from moestro import Dense, Misuse, MoE, RouterRule
 from moestro.models.siblings import export_stock, stock_sibling
 
@@ -180,6 +181,13 @@ def test_shapes_that_no_stock_model_has_are_refused_with_the_reason(changes, nea
     with pytest.raises(Misuse):
         export_stock(small_model(**changes), tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+def test_a_recipe_without_a_sibling_is_refused_before_it_is_trained(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert moestro(monkeypatch, "train", "cartesian", "--export-stock", "--out", str(out)) == 2
+    assert capsys.readouterr().err.startswith("moestro: no stock model has this shape")
+    assert not out.exists()
 
 
 def test_an_export_over_a_file_is_an_error_that_keeps_the_file(tmp_path):

@@ -1,7 +1,7 @@
 """Train several runs at once, each in a process of its own.
 
-A worker process lives for many runs, because importing torch and transformers takes as long as a small run. It has a
-session of its own: Ctrl-C reaches the parent alone, which passes it on. A worker ends at once when the parent is
+A worker process lives for many runs, because importing torch and transformers takes as long as a small run. Ctrl-C
+reaches the parent alone, which passes it on: a worker is started with SIGINT blocked. A worker ends at once when the parent is
 killed, so that the same command finds every run unlocked.
 """
 
@@ -10,9 +10,10 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import TextIOBase
+from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -29,8 +30,10 @@ from moestro.errors import Interrupted, Misuse
 from moestro.gate.libraries import quiet
 from moestro.gate.visible import make_visible
 from moestro.training.estimate import memory_bytes
-from moestro.training.progress import ProgressBars
+from moestro.training.failures import FAILED
+from moestro.training.progress import ProgressBars, Progressed
 from moestro.training.recipe import Recipe
+from moestro.training.runs import SUMMARY
 from moestro.training.train import Options
 
 PROCESS_BYTES = 600_000_000
@@ -112,13 +115,15 @@ def make_all(
 
 def is_finished(attempt: Attempt) -> bool:
     """Return whether nothing is left to train: the folder holds a finished run or the record of a divergence."""
-    return (attempt.folder / "summary.json").exists() or (attempt.folder / "failed.json").exists()
+    return (attempt.folder / SUMMARY).exists() or (attempt.folder / FAILED).exists()
 
 
 @dataclass(slots=True)
 class Worker:
     """A worker process, and the attempt that it is making."""
 
+    number: int
+    """Which of the GPUs it uses; a worker that takes the place of another has its number."""
     process: SpawnProcess
     connection: Connection
     lifeline: Connection
@@ -166,27 +171,33 @@ class Workers:
             if idle is None and len(self.workers) == self.jobs.jobs:
                 return
             worker = idle or self._start()
+            try:
+                worker.connection.send(attempts[waiting[0]])
+            except OSError:  # it was killed while it was idle, so no attempt is lost
+                worker.process.join()
+                self.workers.remove(worker)
+                continue
             worker.place = waiting.popleft()
-            worker.connection.send(attempts[worker.place])
 
     def _start(self) -> Worker:
         """Start a worker. With GPUs it sees one of them, taken in turn, so more workers than GPUs share GPUs."""
-        index = len(self.workers)
+        taken = {worker.number for worker in self.workers}
+        number = next(i for i in count() if i not in taken)  # that of a worker that died, if there is one
         threads = str(self.jobs.threads)
         settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}
         if torch.cuda.is_available():
             visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
             devices = visible if visible != [""] else [str(i) for i in range(torch.cuda.device_count())]
-            settings["CUDA_VISIBLE_DEVICES"] = devices[index % len(devices)]
+            settings["CUDA_VISIBLE_DEVICES"] = devices[number % len(devices)]
         ours, theirs = SPAWN.Pipe()
         end, lifeline = SPAWN.Pipe(duplex=False)
         arguments = (theirs, end, self.data, self.options, self.jobs.threads)
         process = SPAWN.Process(target=work, args=arguments, daemon=True)
-        with environment_variables(settings):
+        with environment_variables(settings), blocked(signal.SIGINT):
             process.start()
         theirs.close()
         end.close()
-        worker = Worker(process, ours, lifeline)
+        worker = Worker(number, process, ours, lifeline)
         self.workers.append(worker)
         return worker
 
@@ -258,6 +269,16 @@ class Workers:
 
 
 @contextmanager
+def blocked(number: signal.Signals) -> Iterator[None]:
+    """Hold a signal back until the context ends. A process that is started within never receives it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def environment_variables(settings: dict[str, str]) -> Iterator[None]:
     """Set environment variables until the context ends. A process that starts within it inherits them for good."""
     before = {name: os.environ.get(name) for name in settings}
@@ -285,27 +306,31 @@ class Lines(TextIOBase):
 
 def work(connection: Connection, end: Connection, data: PreparedData, options: Options, threads: int) -> None:
     """Run a worker process: make the attempts that `connection` brings, until the other end of `end` is closed."""
-    os.setsid()
-    signal.signal(signal.SIGTERM, stop_at_once)
-    threading.Thread(target=end_with, args=(end,), daemon=True).start()
-    make_visible()
-    quiet()
-    torch.set_num_threads(threads)
-    console = Console(file=Lines(connection), width=10_000)  # type: ignore[arg-type]  # rich only writes
-    options = replace(options, show=lambda progressed: connection.send(("progress", progressed)))
-    with suppress(KeyboardInterrupt):  # idle workers are stopped too
-        while True:
-            connection.send(outcome(connection.recv(), data, console, options))
-
-
-def outcome(attempt: Attempt, data: PreparedData, console: Console, options: Options) -> tuple[str, object]:
-    """Return ("result", the run or its failure), or ("stopped", the exception that must end the comparison)."""
     try:
-        return "result", make(attempt, data, console=console, options=options)
+        signal.signal(signal.SIGTERM, stop_at_once)
+        threading.Thread(target=end_with, args=(end,), daemon=True).start()
+        make_visible()
+        quiet()
+        torch.set_num_threads(threads)
+        console = Console(file=Lines(connection), width=10_000)  # type: ignore[arg-type]  # rich only writes
+        while True:
+            connection.send(outcome(connection.recv(), data, connection, console, options))
+    except KeyboardInterrupt:  # perhaps within a message, so nothing can be told: the parent sees the process end
+        os._exit(130)
+
+
+def outcome(
+    attempt: Attempt, data: PreparedData, connection: Connection, console: Console, options: Options
+) -> tuple[str, object]:
+    """Return ("result", the run or its failure), or ("stopped", the exception that must end the comparison)."""
+
+    def show(progressed: Progressed) -> None:
+        connection.send(("progress", replace(progressed, title=attempt.title)))
+
+    try:
+        return "result", make(attempt, data, console=console, options=replace(options, show=show))
     except (Misuse, Interrupted) as error:
         return "stopped", error
-    except KeyboardInterrupt:
-        return "stopped", Interrupted("stopped at once; the same command goes on from the last checkpoints")
 
 
 def stop_at_once(number: int, frame: Any) -> None:

@@ -54,7 +54,7 @@ def measure(
     parameters, advice = trained(model), unmeasured(aux)
     if task is None or (why := obstacle(model, parameters, once)):
         why = "the model returned no loss" if task is None else why
-        for name, instead in advice.items():
+        for name, instead in advice.items() if rank() == 0 else ():
             logger.warning(
                 "%s depends on the model's units, and its gradient could not be measured: %s. Safer is %s",
                 name,

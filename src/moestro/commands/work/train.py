@@ -20,9 +20,14 @@ from moestro.training.train import Options, train
 def train_recipe(
     recipe: Recipe, folder: Path, *, seed: int, data_flags: DataFlags, run_flags: RunFlags, export_stock: bool
 ) -> None:
-    """Train one recipe in `folder`, or read it if it is finished, and print its held-out loss."""
+    """Train one recipe in `folder`, or read it if it is finished, and print its held-out loss.
+
+    Raises Misuse before training if `export_stock` is asked for and no stock model has the recipe's shape.
+    """
     quiet()
     run_flags.check([recipe])
+    if export_stock:
+        siblings.stock_sibling(recipe.model.config(recipe.training.sequence_length))
     console = Visible(stderr=True)
     join()
     on_first_rank(lambda: check_folder(folder))
