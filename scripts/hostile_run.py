@@ -116,7 +116,7 @@ def watched(case: Case, folder: Path) -> Iterator[dict[str, str]]:
         stack.enter_context(patch.object(sys, "argv", ["moestro", *case.argv]))
         stack.enter_context(patch.object(sys, "stdin", io.StringIO("y\n" * 50)))
         stack.enter_context(patch("moestro.training.train.build_model", side_effect=Reached))
-        stack.enter_context(patch("moestro.jobs.Workers.make_all", side_effect=Reached))  # in other processes
+        stack.enter_context(patch("moestro.jobs.workers.Workers.make_all", side_effect=Reached))  # in other processes
         stack.enter_context(patch.dict(os.environ, {"MOESTRO_CACHE": str(folder / "cache")} | case.env))
         stack.enter_context(noted(said))
         stack.enter_context(captured(said))

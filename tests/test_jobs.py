@@ -11,12 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from command_line import SMALL, moestro, sources, start, write_corpus
-from moestro import Misuse, jobs
+from moestro import Misuse
 from moestro.comparison import Comparison
-from moestro.jobs import Jobs, choose
+from moestro.jobs.choice import Jobs, choose
 from moestro.records import read_record
 from moestro.training.recipes import recipe
 
@@ -33,8 +34,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
         memory = type("Memory", (), {"available": gigabytes * 1e9})
         monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-        monkeypatch.setattr(jobs.torch.cuda, "device_count", lambda: gpus)
-        monkeypatch.setattr(jobs.torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
 
     return make
 

@@ -18,7 +18,8 @@ from moestro.data.building import ALL
 from moestro.data.decontamination import overlap_notes
 from moestro.data.preparation import PreparedData
 from moestro.difference import DocumentBootstrap
-from moestro.jobs import Jobs, make_all
+from moestro.jobs.choice import Jobs
+from moestro.jobs.workers import make_all
 from moestro.planning import Plan, recipe_folder, run_folder
 from moestro.records import write_record
 from moestro.report.html import write_report

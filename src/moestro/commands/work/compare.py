@@ -11,7 +11,7 @@ from moestro.compare import compare, with_one_dtype
 from moestro.errors import TrainingFailed
 from moestro.flags import DataFlags, JobFlags, RecipeFlags, RunFlags
 from moestro.gate.libraries import quiet
-from moestro.jobs import choose
+from moestro.jobs.choice import choose
 from moestro.planning import Plan
 from moestro.report.printing import Visible, say
 from moestro.report.sentences import failures

@@ -1,9 +1,4 @@
-"""Train several runs at once, each in a process of its own.
-
-A worker process lives for many runs, because importing torch and transformers takes as long as a small run. Ctrl-C
-reaches the parent alone, which passes it on: a worker is started with SIGINT blocked. A worker ends at once when the parent is
-killed, so that the same command finds every run unlocked.
-"""
+"""Share attempts among worker processes: the parent's side."""
 
 import os
 import signal
@@ -11,89 +6,28 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from io import TextIOBase
+from dataclasses import dataclass
 from itertools import count
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-import psutil
 import torch
 from rich.console import Console
 
 from moestro.attempts import Attempt, make
 from moestro.comparison import FailedRun, Run
 from moestro.data.preparation import PreparedData
-from moestro.errors import Interrupted, Misuse
-from moestro.gate.libraries import quiet
-from moestro.gate.visible import make_visible
-from moestro.training.estimate import memory_bytes
+from moestro.errors import Interrupted
+from moestro.jobs.choice import Jobs
+from moestro.jobs.process import work
 from moestro.training.failures import FAILED
-from moestro.training.progress import ProgressBars, Progressed
-from moestro.training.recipe import Recipe
+from moestro.training.progress import ProgressBars
 from moestro.training.runs import SUMMARY
 from moestro.training.train import Options
 
-PROCESS_BYTES = 600_000_000
-"""Memory in bytes of a worker with its libraries, before it builds a model."""
 SPAWN = get_context("spawn")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Jobs:
-    """How many runs train at once, and the CPU threads of each."""
-
-    jobs: int = 1
-    threads: int = 1
-
-
-def choose(asked: int | None, threads: int | None, recipes: Sequence[Recipe], runs: int) -> Jobs:
-    """Return how many runs train at once, and the CPU threads of each.
-
-    `asked` jobs if the user asked for a number; else one per GPU, or without GPUs one per `threads` CPU cores, but no
-    more than fit the free memory or than there are `runs`. Under a launcher with several ranks it is one job. `threads`
-    defaults to OMP_NUM_THREADS, else 1.
-
-    Raises:
-        Misuse: `asked` jobs do not fit the free memory, or `asked` exceeds 1 under a launcher with several ranks.
-    """
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or 1)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if asked is not None and asked > 1:
-            raise Misuse(f"jobs must be 1 under a launcher, whose ranks train one run together, got {asked}")
-        return Jobs(threads=threads)
-    devices = torch.cuda.device_count() or max(1, usable_cores() // threads)
-    fitting = fitting_jobs(recipes)
-    if asked is not None and asked > fitting:
-        memory, needed = psutil.virtual_memory().available / 1e9, largest_bytes(recipes) / 1e9
-        raise Misuse(
-            f"jobs must be at most {fitting}, because a run takes about {needed:.1f} of the {memory:.1f} GB of free "
-            f"memory, got {asked}"
-        )
-    return Jobs(jobs=asked or max(1, min(devices, fitting, runs)), threads=threads)
-
-
-def usable_cores() -> int:
-    """Return the CPU cores that this process may use; where the system does not say (macOS), all of them."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def fitting_jobs(recipes: Sequence[Recipe]) -> int:
-    """Return how many runs of the largest recipe fit this machine's free memory at once, at least 1.
-
-    With GPUs return 1,000, which limits nothing: only a single run is checked against a GPU's memory (`check_memory`),
-    never several that share one.
-    """
-    if torch.cuda.is_available():
-        return 1_000
-    return max(1, int(psutil.virtual_memory().available // largest_bytes(recipes)))
-
-
-def largest_bytes(recipes: Sequence[Recipe]) -> float:
-    """Return the memory in bytes of a worker that trains the largest recipe."""
-    return PROCESS_BYTES + max(memory_bytes(recipe) for recipe in recipes)
 
 
 def make_all(
@@ -288,57 +222,3 @@ def environment_variables(settings: dict[str, str]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-class Lines(TextIOBase):
-    """A text file that sends each line to the parent."""
-
-    def __init__(self, connection: Connection) -> None:
-        self.connection, self.rest = connection, ""
-
-    def write(self, text: str) -> int:
-        """Send each complete line, and keep the rest for the next call. Return the number of characters taken."""
-        *lines, self.rest = (self.rest + text).split("\n")
-        for line in lines:
-            self.connection.send(("line", line))
-        return len(text)
-
-
-def work(connection: Connection, end: Connection, data: PreparedData, options: Options, threads: int) -> None:
-    """Run a worker process: make the attempts that `connection` brings, until the other end of `end` is closed."""
-    try:
-        signal.signal(signal.SIGTERM, stop_at_once)
-        threading.Thread(target=end_with, args=(end,), daemon=True).start()
-        make_visible()
-        quiet()
-        torch.set_num_threads(threads)
-        console = Console(file=Lines(connection), width=10_000)  # type: ignore[arg-type]  # rich only writes
-        while True:
-            connection.send(outcome(connection.recv(), data, connection, console, options))
-    except KeyboardInterrupt:  # perhaps within a message, so nothing can be told: the parent sees the process end
-        os._exit(130)
-
-
-def outcome(
-    attempt: Attempt, data: PreparedData, connection: Connection, console: Console, options: Options
-) -> tuple[str, object]:
-    """Return ("result", the run or its failure), or ("stopped", the exception that must end the comparison)."""
-
-    def show(progressed: Progressed) -> None:
-        connection.send(("progress", replace(progressed, title=attempt.title)))
-
-    try:
-        return "result", make(attempt, data, console=console, options=replace(options, show=show))
-    except (Misuse, Interrupted) as error:
-        return "stopped", error
-
-
-def stop_at_once(number: int, frame: Any) -> None:
-    """Raise KeyboardInterrupt on SIGTERM. While a run trains, `Interruption` handles the signal instead."""
-    raise KeyboardInterrupt
-
-
-def end_with(lifeline: Connection) -> None:
-    """Wait until the parent closes its end of the lifeline or is killed, then end this process at once."""
-    lifeline.poll(None)
-    os._exit(0)
