@@ -5,6 +5,7 @@ import math
 import os
 import re
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -260,6 +261,29 @@ def test_builders_at_the_same_time_wait_and_share(tmp_path: Path, broken: bool):
     assert (len(builds), results) == (1, [folder] * 4)
     assert is_whole(folder)
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
+
+
+def test_a_working_folder_that_another_builder_removes_is_made_again(tmp_path: Path, monkeypatch):
+    """The holder removes its folder when it is done, perhaps just before the next one opens the lock within."""
+    opened = os.open
+    removed: list[Path] = []
+
+    def open_late(path: Path, *arguments: int) -> int:
+        if not removed:
+            removed.append(path.parent)
+            shutil.rmtree(path.parent)
+        return opened(path, *arguments)
+
+    monkeypatch.setattr(cache.os, "open", open_late)
+    assert is_whole(cached_folder(tmp_path / "result", write_all))
+    assert removed == [tmp_path / ".building-result"]
+
+
+def test_a_lock_that_links_to_nowhere_is_one_line(tmp_path: Path):
+    (tmp_path / ".building-result").mkdir()
+    (tmp_path / ".building-result" / "lock").symlink_to(tmp_path / "nowhere" / "lock")
+    with pytest.raises(Misuse, match="the cache folder .* must be writable"):
+        cached_folder(tmp_path / "result", write_all)
 
 
 def test_a_build_that_looks_old_is_left_alone(tmp_path: Path):

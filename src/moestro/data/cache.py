@@ -120,7 +120,12 @@ def _locked(place: Path, *, wait: bool = True) -> int:
     """Create and lock `place`; return the lock, which ends when it is closed or the process dies."""
     while True:
         place.mkdir(exist_ok=True)
-        lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            lock = os.open(place / _LOCK, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            if (place / _LOCK).is_symlink():  # to a folder that does not exist
+                raise
+            continue  # another process has removed the folder since it was made here
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if _is_current(lock, place / _LOCK):
