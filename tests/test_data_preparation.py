@@ -268,11 +268,11 @@ def test_a_working_folder_that_another_builder_removes_is_made_again(tmp_path: P
     opened = os.open
     removed: list[Path] = []
 
-    def open_late(path: Path, *arguments: int) -> int:
+    def open_late(path: Path, *arguments: int, **others: int) -> int:
         if not removed:
             removed.append(path.parent)
             shutil.rmtree(path.parent)
-        return opened(path, *arguments)
+        return opened(path, *arguments, **others)
 
     monkeypatch.setattr(cache.os, "open", open_late)
     assert is_whole(cached_folder(tmp_path / "result", write_all))
@@ -282,7 +282,7 @@ def test_a_working_folder_that_another_builder_removes_is_made_again(tmp_path: P
 def test_a_lock_that_links_to_nowhere_is_one_line(tmp_path: Path):
     (tmp_path / ".building-result").mkdir()
     (tmp_path / ".building-result" / "lock").symlink_to(tmp_path / "nowhere" / "lock")
-    with pytest.raises(Misuse, match="the cache folder .* must be writable"):
+    with pytest.raises(Misuse, match=r"the cache folder .* must be writable"):
         cached_folder(tmp_path / "result", write_all)
 
 
