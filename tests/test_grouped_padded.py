@@ -109,12 +109,15 @@ def randomised(experts: Any) -> Any:
 @example(IDLE)
 @example(EVERY_EXPERT)
 @given(cases())
-@pytest.mark.parametrize("multiple", [1, 32])
+@pytest.mark.parametrize(
+    ("multiple", "most_zeros"), [(1, 0.0), (32, 0.0), (32, torch.inf)], ids=["as they are", "padded", "equal"]
+)
 @pytest.mark.parametrize("kind", EXPERTS)
-def test_equals_eager_and_grouped_mm(kind: str, multiple: int, case: Case) -> None:
+def test_equals_eager_and_grouped_mm(kind: str, multiple: int, most_zeros: float, case: Case) -> None:
     experts = randomised(EXPERTS[kind](case.num_experts))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grouped_padded, "_rows_multiple", lambda *_: multiple)
+        patch.setattr(grouped_padded, "_MOST_ZEROS", most_zeros)
         actual = run(experts, PADDED_MM, *case.routing())
     assert_all_equal(actual, run(experts, "eager", *case.routing()))
     assert_all_equal(actual, run(experts, "grouped_mm", *case.routing()))
@@ -179,35 +182,65 @@ def test_bf16_is_as_exact_as_grouped_mm(build: Callable[[int], nn.Module], weigh
 
 @dataclass
 class Seen:
-    """What `F.grouped_mm` was called with."""
+    """What `F.grouped_mm` and `torch.bmm` were called with."""
 
     dtypes: set[torch.dtype]
     group_sizes: list[Tensor]
+    batched: list[Tensor]
 
 
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
-    record, grouped_mm = Seen(set(), []), F.grouped_mm
+    record, grouped_mm, bmm = Seen(set(), [], []), F.grouped_mm, torch.bmm
 
     def recording(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
         record.dtypes |= {left.dtype, right.dtype}
         record.group_sizes.append(offs.diff(prepend=offs.new_zeros(1)))
         return grouped_mm(left, right, offs=offs)
 
+    def recording_bmm(left: Tensor, right: Tensor) -> Tensor:
+        record.dtypes |= {left.dtype, right.dtype}
+        record.batched.append(left)
+        return bmm(left, right)
+
     monkeypatch.setattr(F, "grouped_mm", recording)
+    monkeypatch.setattr(torch, "bmm", recording_bmm)
     return record
 
 
-def test_autocast_multiplies_in_bf16_groups_of_32(build: Callable[[int], nn.Module], seen: Seen) -> None:
+def test_autocast_multiplies_in_bf16_groups_of_32(
+    build: Callable[[int], nn.Module], seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_padded, "_MOST_ZEROS", 0.0)
     experts = randomised(build(4))
     case = Case(tokens=90, num_experts=4, used=3, top_k=2)
     result = run(experts, PADDED_MM, *case.routing(), autocast=True)
-    assert seen.dtypes == {torch.bfloat16}
+    assert seen.dtypes == {torch.bfloat16} and not seen.batched
     assert len(seen.group_sizes) == 6  # up and down: forward and both gradients
     for sizes in seen.group_sizes:
         assert (sizes % 32 == 0).all()
         assert sizes.sum() < 2 * 90 + 31 * 4 + 32
     assert {tensor.dtype for tensor in result.values()} == {torch.float32}
+
+
+def test_autocast_multiplies_balanced_groups_in_one_product(build: Callable[[int], nn.Module], seen: Seen) -> None:
+    experts = randomised(build(4))
+    result = run(experts, PADDED_MM, *Case(tokens=90, num_experts=4, used=4, top_k=2).routing(), autocast=True)
+    assert seen.dtypes == {torch.bfloat16} and not seen.group_sizes
+    assert len(seen.batched) == 6  # up and down: forward and both gradients
+    assert {tensor.dtype for tensor in result.values()} == {torch.float32}
+
+
+def test_groups_of_very_different_size_are_multiplied_one_by_one(seen: Seen) -> None:
+    case = Case(tokens=300, num_experts=8, used=1, top_k=1)
+    run(randomised(EXPERTS["plain"](8)), PADDED_MM, *case.routing(), autocast=True)
+    assert len(seen.group_sizes) == 6 and not seen.batched
+
+
+def test_large_groups_are_multiplied_one_by_one(seen: Seen) -> None:
+    case = Case(tokens=1100, num_experts=2, used=2, top_k=1)
+    run(randomised(EXPERTS["plain"](2)), PADDED_MM, *case.routing(), autocast=True)
+    assert len(seen.group_sizes) == 6 and not seen.batched
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -250,8 +283,10 @@ def test_unit_weights_give_each_expert_s_output(build: Callable[[int], nn.Module
     assert_all_equal({"output": (apart * weight.unsqueeze(-1)).sum(1)}, {"output": together})
 
 
-def test_gradients_are_exact_in_fp64(padded: None) -> None:
-    """fp64 takes the path for what torch's grouped_mm cannot do."""
+@pytest.mark.parametrize("most_zeros", [0.0, torch.inf])
+def test_gradients_are_exact_in_fp64(padded: None, most_zeros: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one product, and by the path for what torch's grouped_mm cannot do."""
+    monkeypatch.setattr(grouped_padded, "_MOST_ZEROS", most_zeros)
     experts = randomised(EXPERTS["transposed, interleaved, biased, own gate"](3)).double()
     experts.config._experts_implementation = PADDED_MM
     hidden, index, weight = Case(tokens=3, num_experts=3, used=3, top_k=2).routing()

@@ -13,14 +13,15 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments, default_data_collator
 
-from moestro.adapters import AuxLosses, RoutingMeter
+from moestro.adapters import AuxLosses
 from moestro.adapters.experts_dtype import experts_dtypes
+from moestro.adapters.load_meter import LoadMeter
 from moestro.comparison import Run
 from moestro.data.preparation import PreparedData
 from moestro.data.tokenizer import vocabulary_size
 from moestro.errors import Diverged, Interrupted, Misuse
 from moestro.evaluation import held_out
-from moestro.models import AUTOCAST_MM, PADDED_MM, MoestroForCausalLM
+from moestro.models import AUTOCAST_MM, PADDED_MM, SHORT_SDPA, MoestroForCausalLM
 from moestro.training.checkpoints import step_of
 from moestro.training.finish import read_finished, write_results
 from moestro.training.held_out import HeldOutCurve, held_out_evaluation, learning_curve, with_chance
@@ -148,7 +149,9 @@ def build_model(recipe: Recipe, data: PreparedData, seed: int) -> MoestroForCaus
     initialise(model, seed)
     model.chunked_loss = True
     if recipe.training.dtype == "bfloat16":  # transformers' default backend would run experts in fp32
-        model.set_experts_implementation(AUTOCAST_MM if torch.cuda.is_available() else PADDED_MM)
+        on_gpu = torch.cuda.is_available()
+        model.set_experts_implementation(AUTOCAST_MM if on_gpu else PADDED_MM)
+        model.set_attn_implementation("sdpa" if on_gpu else SHORT_SDPA)
     if recipe.training.compile:
         # Layers differ in who listens to them, so each has graphs of its own: for the first micro-batch of a step and
         # the others, before responses have a scale and after, in steps in which it competes and in others.
@@ -187,7 +190,7 @@ def build_trainer(
         train_dataset=data.train,
         data_collator=default_data_collator,
         aux=aux if model.config.has_experts else AuxLosses(),
-        meter=RoutingMeter(training=True) if model.config.has_experts else None,
+        meter=LoadMeter() if model.config.has_experts else None,
         tokens_per_step=recipe.training.batch_tokens,
         held_out=HeldOutCurve(model, recipe, data, folder / CHOICES, every=points),
         held_out_every=points,

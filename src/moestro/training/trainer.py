@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from moestro.adapters import AuxLosses, RoutingMeter
+from moestro.adapters import AuxLosses
+from moestro.adapters.load_meter import LoadMeter
 from moestro.adapters.loss_log import TASK
 from moestro.errors import Diverged, TrainingFailed
 from moestro.gate.writing import failures_as_os_errors
@@ -36,7 +37,7 @@ class PretrainingTrainer(Trainer):
         self,
         *args: Any,
         aux: AuxLosses,
-        meter: RoutingMeter | None,
+        meter: LoadMeter | None,
         tokens_per_step: int,
         held_out: Callable[[int], dict[str, float]],
         held_out_every: int,
@@ -102,11 +103,11 @@ class PretrainingTrainer(Trainer):
         added = {"objective": logs["loss"], "loss": float(total) / steps, "tokens": self.tokens_seen}
         added["tokens_per_second"] = self.tokens_per_second()
         if self.meter is not None:
-            figures = self.meter.figures()
+            loads = self.meter.loads()
             # Over all batches together: the figure per batch grows as micro-batches, or the rows of a rank, shrink.
-            added["max_vio"] = max((f.max_vio_data for f in figures.values()), default=0.0)
-            added["dead_experts"] = sum(f.dead_experts for f in figures.values())
-            added |= {f"competing/{layer}": f.competing for layer, f in figures.items() if f.competing}
+            added["max_vio"] = max((load.max_vio_data for load in loads.values()), default=0.0)
+            added["dead_experts"] = sum(load.dead_experts for load in loads.values())
+            added |= {f"competing/{layer}": load.competing for layer, load in loads.items() if load.competing}
             self.meter.reset()
         step = self.state.global_step
         self._task_loss, self._logged_steps = [], step
