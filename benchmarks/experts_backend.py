@@ -1,10 +1,11 @@
-"""How long a training step takes with our experts backend and cross-entropy, against stock transformers.
+"""How long a training step takes with our experts backend, cross-entropy and model, against stock transformers.
 
-One Qwen3-MoE model in one process; the arms take turns, a new batch of random tokens each round, because what is
+A Qwen3-MoE model and ours of the same shape in one process; the arms take turns, a new batch of random tokens each round, because what is
 measured depends on routing that changes from step to step. Each ratio is to the fastest stock arm *of the same round*;
 the table gives its median and quartiles. A step is forward, loss, backward, fused AdamW and zero_grad.
 
     python benchmarks/experts_backend.py --threads 1
+    python benchmarks/experts_backend.py --hidden 128 --expert-width 128 --vocabulary 4096 --tokens 512 --sequence 128
     python benchmarks/experts_backend.py --keep-heap     # all arms without page faults
 """
 
@@ -20,10 +21,14 @@ import torch
 import transformers
 from paired import heads, machine, quartiles, start
 from torch import Tensor
+from torch.optim import AdamW
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from moestro import MoE, MoestroConfig, MoestroForCausalLM
+from moestro.models import PADDED_MM, SHORT_SDPA
 from moestro.models.chunked_cross_entropy import chunked_cross_entropy
-from moestro.models.grouped_padded import PADDED_MM, register
+
+Model = Qwen3MoeForCausalLM | MoestroForCausalLM
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,8 @@ class Sizes:
 
     layers: int = 4
     hidden: int = 256
+    head: int = 64
+    """Largest width of an attention head."""
     expert_width: int = 256
     experts: int = 16
     top_k: int = 2
@@ -54,6 +61,8 @@ class Arm:
     bf16: bool
     chunked: bool = False
     stock: bool = False
+    own: bool = False
+    """Our model, as `moestro train` runs it."""
 
 
 ARMS = [
@@ -64,17 +73,21 @@ ARMS = [
     Arm(name="padded_mm, bf16 autocast", backend=PADDED_MM, bf16=True),
     Arm(name="padded_mm + chunked loss, bf16 autocast", backend=PADDED_MM, bf16=True, chunked=True),
     Arm(name="padded_mm + chunked loss, fp32", backend=PADDED_MM, bf16=False, chunked=True),
+    Arm(name="our model, bf16 autocast", backend=PADDED_MM, bf16=True, own=True),
+    Arm(name="our model, fp32", backend="grouped_mm", bf16=False, own=True),
 ]
 
 
-def build(sizes: Sizes) -> Qwen3MoeForCausalLM:
+def build_stock(sizes: Sizes) -> Qwen3MoeForCausalLM:
+    """The model of transformers."""
     config = Qwen3MoeConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
         moe_intermediate_size=sizes.expert_width,
         num_hidden_layers=sizes.layers,
-        num_attention_heads=heads(sizes.hidden, 64),
-        num_key_value_heads=heads(sizes.hidden, 64),
+        num_attention_heads=heads(sizes.hidden, sizes.head),
+        num_key_value_heads=heads(sizes.hidden, sizes.head),
+        head_dim=sizes.hidden // heads(sizes.hidden, sizes.head),
         num_experts=sizes.experts,
         num_experts_per_tok=sizes.top_k,
         norm_topk_prob=True,
@@ -84,10 +97,27 @@ def build(sizes: Sizes) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config).train()
 
 
-def loss_of(model: Qwen3MoeForCausalLM, arm: Arm, tokens: Tensor) -> Tensor:
+def build_ours(sizes: Sizes) -> MoestroForCausalLM:
+    """Our model of the same shape."""
+    block = MoE(num_experts=sizes.experts, top_k=sizes.top_k, width=sizes.expert_width)
+    config = MoestroConfig(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.hidden,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=heads(sizes.hidden, sizes.head),
+        feed_forward=[[block]] * sizes.layers,
+        max_position_embeddings=sizes.sequence,
+    )
+    model = MoestroForCausalLM(config).train()
+    model.chunked_loss = True
+    return model
+
+
+def loss_of(model: Model, arm: Arm, tokens: Tensor) -> Tensor:
+    """The language-model loss, as the arm computes it."""
     with torch.autocast("cpu", torch.bfloat16) if arm.bf16 else nullcontext():
         if not arm.chunked:
-            return model(input_ids=tokens, labels=tokens).loss
+            return model(input_ids=tokens, labels=tokens, use_cache=False).loss
         hidden = model.model(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1)
         labels = tokens[:, 1:].flatten()
         return chunked_cross_entropy(hidden, model.lm_head.weight, labels, num_items=len(labels))
@@ -103,16 +133,21 @@ def measure(step: Callable[[], object]) -> tuple[float, float]:
 def run(sizes: Sizes) -> dict[Arm, list[tuple[float, float]]]:
     """Milliseconds of every arm in every round after the warm-up."""
     torch.manual_seed(0)
-    model = build(sizes)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+    models: dict[bool, Model] = {False: build_stock(sizes), True: build_ours(sizes)}
+    optimizers = {own: torch.optim.AdamW(m.parameters(), lr=3e-4, fused=True) for own, m in models.items()}
     shape = (sizes.tokens // sizes.sequence, sizes.sequence)
     times: dict[Arm, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
     for number in range(sizes.warm_up + sizes.rounds):
         tokens = torch.randint(sizes.vocabulary, shape)
         for arm in ARMS:
+            model, optimizer = models[arm.own], optimizers[arm.own]
             model.set_experts_implementation(arm.backend)
+            if arm.own:
+                model.set_attn_implementation(SHORT_SDPA if arm.bf16 else "sdpa")
 
-            def step(arm: Arm = arm, tokens: Tensor = tokens) -> None:
+            def step(
+                model: Model = model, optimizer: AdamW = optimizer, arm: Arm = arm, tokens: Tensor = tokens
+            ) -> None:
                 loss_of(model, arm, tokens).backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -145,7 +180,6 @@ def keep_heap() -> None:
 
 def main(sizes: Sizes) -> None:
     torch.set_num_threads(sizes.threads)
-    register()
     if sizes.keep_heap:
         keep_heap()
     times = run(sizes)

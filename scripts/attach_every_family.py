@@ -6,6 +6,7 @@ check fails that is not a named exception.
     python scripts/attach_every_family.py [package ...]    # with packages named, nothing is written
 """
 
+import argparse
 import logging
 import platform
 import sys
@@ -79,4 +80,6 @@ def versions() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("package", nargs="*")
+    raise SystemExit(main(parser.parse_args().package))

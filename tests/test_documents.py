@@ -63,7 +63,7 @@ def test_modules_and_tests_that_documents_name_exist():
             assert (ROOT / name).exists(), f"{page}: {name}"
 
 
-COMMANDS = [passage for passage in [*inline_commands(), *block_commands()]]
+COMMANDS = [*inline_commands(), *block_commands()]
 
 
 @pytest.mark.parametrize("passage", COMMANDS, ids=lambda passage: passage.title)

@@ -1,6 +1,7 @@
 """What users type and what files are called: one line, exit 2, before any work, and nothing that steers a terminal."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from command_line import moestro
 from moestro.errors import Misuse
+from moestro.gate.mistakes import in_our_words
 from moestro.gate.paths import user_path
 from moestro.gate.visible import one_line, said
 from moestro.report.printing import Visible
@@ -16,8 +18,19 @@ STEERS = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b\u2028-\u202e\u2066-\u20
 BAD = [
     (["train", "smoe", "--seed", "-1"], "seed must be at least 0, got -1"),
     (["train", "smoe", "--seed", str(2**32)], "seed must be at most 4,294,967,295, got 4294967296"),
-    (["train", "smoe", "--seed", "one"], "Error parsing --seed"),
-    (["compare", "--seeds", "1e30"], "Error parsing --seeds"),
+    (["train", "smoe", "--seed", "one"], "--seed must be a whole number, such as 20_000, got 'one'"),
+    (["compare", "--seeds", "1e30"], "--seeds must be a whole number, such as 20_000, got '1e30'"),
+    (["compare", "smoe", "--tokens", "20k"], "--tokens must be a whole number, such as 20_000, got '20k'"),
+    (["compare", "smoe", "--learning-rate", "x"], "--learning-rate must be a number, got 'x'"),
+    (["compare", "smoe", "--sweep", "x"], "--sweep must be one or more numbers, got 'x'"),
+    (["compare", "smoe", "--dtype", "fp8"], "--dtype must be one of auto, bfloat16, float32, got 'fp8'"),
+    (["compare", "smoe", "--seeds"], "--seeds needs a value"),
+    (["compare", "smoe", "--data"], "--data needs at least one value"),
+    (["compare", "smoe", "--set", "--seeds", "2"], "--set needs at least one value"),
+    (["compare", "smoe", "--seed", "3"], "compare has no option --seed (did you mean --seeds?)"),
+    (["train", "smoe", "--jobs", "1"], "train has no option --jobs (see moestro train --help)"),
+    (["train", "smoe", "--seeds=4", "--batch_tokens", "5"], "train has no option --seeds (did you mean --seed?)"),
+    (["comapre", "smoe"], "unknown command 'comapre' (did you mean compare?); the commands are compare, train,"),
     (["compare", "--seeds", "9" * 30], "seeds must be at most 1,000"),
     (["compare", "--first-seed", str(2**32 - 1)], "first_seed and the seeds after it must be at most 4,294,967,295"),
     (["compare", "--margin", "nan"], "margin must be a number above 0, got nan"),
@@ -28,11 +41,11 @@ BAD = [
     (["train", "smoe", "--set", "num_layers=0"], "num_layers must be at least 1, got 0"),
     (["train", "smoe", "--vocab-size", "10000000000"], "vocab_size must be at most 10,000,000, got 10000000000"),
     (["train", "smoe", "--vocab-size", "1000000", "--set", "hidden_size=40000"], "must fit this machine"),
-    (["train", "smoe", "--nothing", "3"], "Unrecognized options: --nothing"),
-    (["train", "smoe", "smoe"], "Unrecognized options"),
-    (["train"], "Required options"),
+    (["train", "smoe", "--nothing", "3"], "train has no option --nothing"),
+    (["train", "smoe", "smoe"], "train does not know what to do with 'smoe'"),
+    (["train"], "train needs a recipe, as `moestro recipes` lists them"),
     (["fly"], "fly"),
-    ([], "Missing subcommand"),
+    ([], "a command must follow: one of compare, train, inspect, recipes"),
     (["inspect"], "name one checkpoint, or two to set side by side, got 0"),
     (["inspect", ""], "a path must not be empty"),
     (["inspect", "~nouser/x"], "~nouser/x cannot be used as a path"),
@@ -63,6 +76,15 @@ def test_a_rank_that_is_none_is_refused(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "first")
     assert moestro(monkeypatch, "recipes") == 2
     assert "RANK must be a whole number, as torchrun sets it, got 'first'" in capsys.readouterr().err
+
+
+def test_a_mistake_of_an_unknown_kind_keeps_the_parser_s_words():
+    assert in_our_words("Odd thing: x", ["train"], ["train"], list) == "Odd thing: x"
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    assert moestro(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"moestro {version('moestro')}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["compare", "-h"]])

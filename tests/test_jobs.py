@@ -207,3 +207,42 @@ def test_printed_commands_train_what_the_comparison_reads(arguments, alone: Path
     assert finish(start(*both))[0] == 0
     assert {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")} == written
     assert equal(alone, out)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path):
+    """Makes a folder a disk of its own that is soon full; returns what empties it and makes it a plain folder again."""
+    mounted: list[Path] = []
+
+    def make(folder: Path) -> Callable[[], None]:
+        folder.mkdir(parents=True)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=128k", "moestro-test", str(folder)]
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("a disk can only be mounted as root")
+        mounted.append(folder)
+        return lambda: unmount(folder)
+
+    def unmount(folder: Path) -> None:
+        subprocess.run(["umount", str(folder)], check=True)
+        mounted.remove(folder)
+
+    yield make
+    for folder in list(mounted):
+        unmount(folder)
+
+
+@pytest.mark.slow
+def test_a_full_disk_fails_one_run_and_the_same_command_finishes_it(arguments, alone: Path, tmp_path: Path, small_disk):
+    out = tmp_path / "two"
+    place = next(path.parent.relative_to(alone) for path in alone.rglob("seed-1/summary.json"))
+    make_room = small_disk(out / place)
+    both = [*arguments, "--jobs", "2", "--out", str(out)]
+    code, said = finish(start(*both))
+    assert code == 1 and "Traceback" not in said
+    assert "No space left on device" in said, said
+    found = read_record(Comparison, out / "comparison.json")
+    assert sum(len(r.failed) for r in found.recipes) == 1
+    assert sum(len(r.runs) for r in found.recipes) == 3
+    make_room()
+    assert finish(start(*both))[0] == 0
+    assert equal(alone, out)

@@ -1,7 +1,9 @@
 """Losses that do nothing are said or refused; routers are found through every wrapper."""
 
 import copy
+import gc
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from moestro import AuxLosses, Misuse, freeze, observe
+from moestro import AuxLosses, Misuse, RoutingMeter, freeze, observe, reroute
 from moestro.adapters import moe_layers
+from moestro.adapters.silence import NO_STEP, UNCOUNTED
 from test_aux_losses import assert_equal
 
 
@@ -118,3 +121,56 @@ def test_a_parametrized_router_keeps_its_family():
     gate = tiny.model.model.layers[1].mlp.gate
     torch.nn.utils.parametrize.register_parametrization(gate, "weight", nn.Identity())
     assert {layer.scores for layer in moe_layers(tiny.model)} == {"sigmoid"}
+
+
+def hand_written_loop(aux: AuxLosses, *, passes: int, counted: bool, steps: int, calls_step: bool = True) -> None:
+    built = tiny_models.build("mixtral")
+    model = built.model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ids = torch.randint(3, 60, (1, 8))
+    extra = {"num_items_in_batch": torch.tensor(7 * passes)} if counted else {}
+    with aux.attach(model):
+        for _ in range(steps):
+            for _ in range(passes):
+                model(input_ids=ids, labels=ids, **extra).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if calls_step:
+                aux.step()
+
+
+def test_a_loop_that_forgets_the_step_is_told_once(caplog: Any):
+    hand_written_loop(AuxLosses(balance=0.1, balance_over="lagged"), passes=1, counted=True, steps=3, calls_step=False)
+    assert [record.message for record in caplog.records if "aux.step()" in record.message] == [NO_STEP]
+
+
+def test_a_loop_whose_losses_do_not_change_between_steps_need_not_call_it(caplog: Any):
+    hand_written_loop(AuxLosses(balance=0.1), passes=1, counted=True, steps=3, calls_step=False)
+    assert not [record for record in caplog.records if "aux.step()" in record.message]
+
+
+@pytest.mark.parametrize(("passes", "counted", "warns"), [(2, False, True), (2, True, False), (1, False, False)])
+def test_accumulation_without_the_number_of_labels_is_told_once(passes, counted, warns, caplog: Any):
+    hand_written_loop(AuxLosses(balance=0.1, balance_over="lagged"), passes=passes, counted=counted, steps=3)
+    found = [record.message for record in caplog.records if "aux.step()" in record.message]
+    assert found == ([UNCOUNTED.format(2)] if warns else [])
+
+
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda model: AuxLosses(balance=0.1).attach(model),
+        lambda model: observe(model, lambda record: None),
+        lambda model: reroute(model, lambda proposal: proposal.routing),
+        lambda model: RoutingMeter().attach(model),
+    ],
+)
+def test_attaching_without_with_is_told(attach: Callable[[Any], Any], caplog: Any):
+    attach(tiny_models.build("mixtral").model)
+    gc.collect()
+    assert [record.message for record in caplog.records if "attached nothing" in record.message]
+    caplog.clear()
+    with attach(tiny_models.build("mixtral").model.eval()):
+        pass
+    gc.collect()
+    assert not caplog.records

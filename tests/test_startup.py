@@ -15,7 +15,10 @@ main()
 """
 HELP = [["--help"], ["train", "--help"], ["compare", "--help"], ["inspect", "--help"], ["recipes", "--help"]]
 MISUSES = [
-    ([], "Missing subcommand"),
+    ([], "a command must follow"),
+    (["comapre"], "did you mean compare?"),
+    (["compare", "smoe", "--token", "5"], "did you mean --tokens?"),
+    (["compare", "smoe", "--tokens", "20k"], "--tokens must be a whole number"),
     (["fly"], "fly"),
     (["train", "smoe", "--nothing"], "--nothing"),
     (["train", "smo"], "unknown recipe 'smo' (did you mean 'smoe'?)"),

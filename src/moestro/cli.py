@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.metadata import version
 
 from moestro.commands.compare import compare
 from moestro.commands.inspect import inspect
@@ -17,6 +18,9 @@ def main() -> None:
     """The `moestro` program."""
     commands = {"compare": compare, "train": train, "inspect": inspect, "recipes": recipes}
     make_visible()
+    if sys.argv[1:] == ["--version"]:
+        print(f"moestro {version('moestro')}")
+        return
     try:
         check_launcher()
         parsed(commands, __doc__ or "")()

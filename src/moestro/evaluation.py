@@ -26,9 +26,11 @@ from moestro.data.packing import PackedRows
 from moestro.joint_routing import JointFigures
 from moestro.metrics import RoutingFigures
 
-COMPOSED_TOKENS = 16_384
+COMPOSED_TOKENS = 8_192
 """Held-out tokens on which composed sub-layers are looked at: they run twice there."""
-RESPONSE_TOKENS = 8_192
+LOSS_TOKENS = 256
+"""Tokens whose losses are computed at once."""
+RESPONSE_TOKENS = 4_096
 """Held-out tokens of which a sample is answered by all experts."""
 
 
@@ -144,9 +146,11 @@ def collate(rows: PackedRows, indices: Sequence[int], device: torch.device) -> d
 
 def add_losses(sums: Float[Tensor, "2 documents"], model: nn.Module, batch: dict[str, Tensor]) -> None:
     """Add each document's summed loss and number of predicted tokens."""
-    logits = model(**inputs_of(batch), use_cache=False).logits
+    logits = model(**inputs_of(batch), use_cache=False).logits[:, :-1]
     labels = batch["labels"][:, 1:]
-    losses = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), reduction="none")
+    # In chunks that stay in a CPU's caches: fp32 logits of a whole batch are slower to allocate than to use.
+    pairs = zip(logits.flatten(0, 1).split(LOSS_TOKENS), labels.flatten().split(LOSS_TOKENS), strict=True)
+    losses = torch.cat([cross_entropy(some.float(), label, reduction="none") for some, label in pairs])
     document = batch["document"][:, 1:].flatten()
     sums[0].index_add_(0, document, losses.double())
     sums[1].index_add_(0, document, (labels.flatten() != -100).double())

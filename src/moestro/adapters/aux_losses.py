@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from moestro.adapters.applicability import LOSSES, refuse_to_compete, refuse_what_cannot_work
+from moestro.adapters.attachment import attachment
 from moestro.adapters.attempt import Attempt
 from moestro.adapters.batch import TrainerBatch, labels_of_rows, share_of_sequences
 from moestro.adapters.compete import Competitor
@@ -140,7 +141,13 @@ class AuxLosses:
         late = ("orthogonality", "variance")
         return {name: getattr(self, name) * (ramp if name in late else 1.0) for name in LOSSES if getattr(self, name)}
 
-    @contextmanager
+    @property
+    def _needs_step(self) -> bool:
+        """Whether something changes between steps, so that a hand-written loop must call `step`."""
+        lagged = any(getattr(self, name) and self.over(name) == "lagged" for name in ("balance", "variance"))
+        return bool(lagged or self.compete or self.bias_rate or self.warmup_steps or self.scaling == "relative")
+
+    @attachment
     def attach(
         self, target: nn.Module | Trainer, *, layers: Sequence[MoELayer] | None = None, add_to_loss: bool = True
     ) -> Iterator["AuxLosses"]:
@@ -222,12 +229,15 @@ class AuxLosses:
                 "balance to 0"
             )
         items = inputs.get("num_items_in_batch")
+        assert self._watch is not None
         if self._trainer is not None:
             items = self._trainer.items
-        elif inputs.get("fused_lm_head"):  # only TRL's trainers ask for it
+        else:
+            weight = next((p for p in self._watch.model.parameters() if p.requires_grad), None)
+            self._silence.look_at_loop(weight, needs_step=self._needs_step, counted=items is not None)
+        if self._trainer is None and inputs.get("fused_lm_head"):  # only TRL's trainers ask for it
             raise Misuse("attach to the trainer and not to its model: TRL ignores the loss that a model returns")
         by_label = self._trainer is None or items is not None
-        assert self._watch is not None
         rows = labels_of_rows(inputs, shifts_labels=self._watch.shifts_labels)
         current.share = share_of_sequences(current.batch, items, by_label=by_label, rows=rows)
         for state in self._layers:
@@ -253,7 +263,10 @@ class AuxLosses:
         if (total := self.total()) is None:
             return None
         if getattr(output, "loss", None) is None:
-            raise Misuse("AuxLosses need a loss to add to: pass labels, and do not pass return_dict=False")
+            raise Misuse(
+                "AuxLosses need a loss to add to: pass labels, and do not pass return_dict=False; in a loop that computes "
+                "its own loss, attach with add_to_loss=False and add aux.total() to it"
+            )
         output.loss = output.loss + total
         return output
 
@@ -335,6 +348,7 @@ class AuxLosses:
         if self._saved_by is not None:
             warn_if_not_kept(*self._saved_by)
             self._saved_by = None
+        self._silence.look_at_step()
         for state in self._layers:
             state.step()
         self.steps += 1

@@ -1,7 +1,7 @@
 """How much the sub-layers of a block owe to each other: the composed term BA against B.
 
-Linearised, two residual sub-layers in series are I + A + B + BA (CartesianMoE, arXiv:2410.16077; section 4 of its entry
-in docs/papers.md). Only BA, what A's output changes in B's, is new against sub-layers side by side.
+Linearised, two residual sub-layers in series are I + A + B + BA (CartesianMoE, arXiv:2410.16077). Only BA, what A's
+output changes in B's, is new against sub-layers side by side.
 """
 
 from collections.abc import Iterator

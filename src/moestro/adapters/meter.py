@@ -1,7 +1,6 @@
 """Adding up what the routing of a model looks like while it runs."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moestro.adapters.attachment import attachment
 from moestro.adapters.tap import TAP, Pass, Tap
 from moestro.adapters.watch import Listener, Watch, watch
 from moestro.gate.ranges import Steps, check
@@ -44,7 +44,7 @@ class RoutingMeter:
         self._before: tuple[MoELayer, Routing] | None = None
         self._counting = False
 
-    @contextmanager
+    @attachment
     def attach(self, model: nn.Module) -> Iterator[Watch]:
         """Count every forward pass of `model` until the context ends; recomputations are not counted again."""
         with watch(model, Listener(on_layer=self._take, on_begin=self._begin)) as watching:

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from moestro.adapters.attachment import attachment
 from moestro.adapters.layers import routing_of
 from moestro.adapters.selection import Selection
 from moestro.adapters.tap import Pass, Tap
@@ -23,7 +24,7 @@ from moestro.errors import Misuse
 from moestro.routing import Batch, MoELayer, Proposal, Reroute, Routing
 
 
-@contextmanager
+@attachment
 def reroute(
     model: nn.Module, rule: Reroute | Mapping[str, Reroute], layers: list[MoELayer] | None = None
 ) -> Iterator[Watch]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, ForQuestionAnsweringLoss
 from transformers.loss.loss_utils import ForSequenceClassificationLoss as OfRowsLoss
 
+from moestro.adapters.attachment import attachment
 from moestro.adapters.batch import describe
 from moestro.adapters.layers import moe_layers, moved
 from moestro.adapters.tap import Pass, Tap, beside_checkpoints, reads_inputs
@@ -219,7 +220,7 @@ def watch(model: nn.Module, listener: Listener, layers: Sequence[MoELayer] | Non
             watching.remove()
 
 
-@contextmanager
+@attachment
 def observe(
     model: nn.Module,
     on_layer: Callable[[LayerRecord], None],

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+FULL = 2**20
+"""A disk with fewer free bytes is said to be full where a library does not name the reason."""
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "unexpected pos")
 
 
@@ -29,7 +32,14 @@ def failures_as_os_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         if (code := error_number(error)) is None:
             raise
+        code = errno.ENOSPC if code == errno.EIO and is_full(folder) else code
         raise OSError(code, os.strerror(code), str(folder)) from error
+
+
+def is_full(folder: Path) -> bool:
+    """Return whether less than `FULL` bytes are free on the disk that holds the folder or will hold it."""
+    place = next((place for place in (folder, *folder.parents) if place.exists()), None)
+    return place is not None and shutil.disk_usage(place).free < FULL
 
 
 def error_number(error: Exception) -> int | None:

@@ -107,7 +107,7 @@ class DenseFeedForward(nn.Module):
 class ConvexMix(nn.Module):
     """c_1 routed + c_2 shared with c = softmax(V x + b).
 
-    Paper: CartesianMoE, Su et al. 2024, arXiv:2410.16077, section 1 of docs/papers.md's entry.
+    Paper: CartesianMoE, Su et al. 2024, arXiv:2410.16077 (docs/papers.md).
     """
 
     def __init__(self, config: MoestroConfig):

@@ -23,7 +23,7 @@ from moestro.models import MoestroForCausalLM
 from moestro.training.recipe import Recipe
 from moestro.training.resume import read_metrics
 
-CURVE_TOKENS = 8_192
+CURVE_TOKENS = 4_096
 """Held-out tokens of each point of a learning curve."""
 UNIGRAM_TOKENS = 4_000_000
 """Number of training tokens that the unigram baseline counts: enough for stable frequencies, and fast."""
