@@ -11,8 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 demo: .venv/installed
 	$(BIN)/moestro compare smoe cartesian smoe+compete smoe+specialise cartesian+compete+specialise \
-		--seeds 3 --tokens 200_000 --batch-tokens 512 --sequence-length 128 --learning-rate 4e-3 \
-		--set beta2=0.99 initializer_range=0.05 --out runs/demo
+		--out runs/demo
 
 test: .venv/installed-dev
 	$(BIN)/ruff format --check --quiet

@@ -75,7 +75,7 @@ def test_match_flops_gives_every_recipe_the_same_flops():
 
 def test_unequal_is_refused_or_marked():
     chosen = [recipe("smoe"), recipe("smoe:top_k=4")]
-    with pytest.raises(Misuse, match="active parameters differ: smoe has 1,385,856, smoe:top_k=4 has"):
+    with pytest.raises(Misuse, match="active parameters differ: smoe has 2,528,000, smoe:top_k=4 has"):
         plan(chosen, seeds=[0])
     the_plan = plan(chosen, seeds=[0], allow_unequal=True)
     assert len(the_plan.differences) == 1
@@ -123,7 +123,7 @@ def test_a_sweep_has_a_folder_per_learning_rate_and_budget(tmp_path: Path):
     grid = Grid(learning_rates=(1e-3,))
     the_plan = plan([recipe("smoe")], seeds=[0], grid=grid)
     place = run_folder(tmp_path, at_rate(the_plan.recipes[0], 1e-3, grid), 1000, the_plan)
-    assert place == tmp_path / "smoe" / "learning_rate=0.001,tokens=250000" / "seed-1000"
+    assert place == tmp_path / "smoe" / "learning_rate=0.001,tokens=350000" / "seed-1000"
 
 
 def test_dry_run_counts_what_does_not_fit_here(monkeypatch, capsys, tmp_path: Path):

@@ -33,7 +33,7 @@ def test_every_recipe_with_experts_takes_every_method(name, method):
 def test_a_method_is_its_preset(preset):
     method = "compete" if preset == "ours" else f"compete-{preset}"
     aux = recipe(f"cartesian+{method}:start=0").aux_losses()
-    wanted = PRESETS[preset](4)  # blocks: over their two sub-layers losses add up
+    wanted = PRESETS[preset](2)  # blocks: over their two sub-layers losses add up
     assert {name: getattr(aux, name) for name in wanted} == wanted
 
 
@@ -66,7 +66,7 @@ def test_no_field_is_called_as_another_one(name):
         ("smoe+compete-v2-paper+compete", "one way of competing at a time"),
         ("smoe:rate=0.25", "rate is a field of competition, and smoe has none: try smoe.compete:rate="),
         ("smoe:top_k=2+compete", "variants come before the colon, as in smoe.compete:top_k="),
-        ("smoe+compete:start=0.99,end=0.995,tokens=8192", "lies none of this run's 4 steps"),
+        ("smoe+compete:start=0.99,end=0.995,tokens=2048", "lies none of this run's 4 steps"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(spec, message):
@@ -75,10 +75,10 @@ def test_what_cannot_be_meant_is_refused(spec, message):
 
 
 def test_a_part_of_a_run_becomes_steps():
-    aux = recipe("smoe+compete:start=0.1,end=0.8,tokens=204800,rate=0.5").aux_losses()
+    aux = recipe("smoe+compete:start=0.1,end=0.8,tokens=51200,rate=0.5").aux_losses()
     assert aux.compete == Compete(start_step=10, end_step=80, rate=0.5)
     assert recipe("smoe+compete:start=0").aux_losses().compete == Compete()
-    assert recipe("smoe+compete:tokens=204800").aux_losses().compete == Compete(start_step=25)
+    assert recipe("smoe+compete:tokens=51200").aux_losses().compete == Compete(start_step=25)
 
 
 @pytest.mark.parametrize("fields", ["by=tokens,max_layers=none", "max_layers=none,by=tokens"])

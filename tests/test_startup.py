@@ -32,7 +32,7 @@ MISUSES = [
     (["train", "smoe:diversity=0.1"], "distillation and diversity learn from competition"),
     (["train", "smoe+compete:rate=2"], "rate must be at most 1, got 2.0"),
     (["train", "smoe", "--seed", "-1"], "seed must be at least 0, got -1"),
-    (["train", "smoe", "--tokens", "10"], "tokens must be at least batch_tokens (2048), got 10"),
+    (["train", "smoe", "--tokens", "10"], "tokens must be at least batch_tokens (512), got 10"),
     (["train", "smoe", "--max-bytes", "0"], "max_bytes must be at least 1, got 0"),
     (["train", "smoe", "--set", "width=800000", "num_experts=60000", "num_layers=2000"], "at most 10,000,000,000,000"),
     (["compare", "smoe", "smoe"], "every recipe must be named once, got 'smoe' 2 times"),

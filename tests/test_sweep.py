@@ -63,7 +63,7 @@ def test_every_recipe_is_chosen_at_its_own_best():
     assert sorted(asked) == sorted((r.name, rate, 5000, 7) for r in RECIPES for rate in GRID.learning_rates)
     assert found.chosen == {"smoe": 1e-3, "cartesian": 4e-3}
     assert found.seed == 7
-    assert found.tokens == {"smoe": 4096, "cartesian": 4096}  # whole steps
+    assert found.tokens == {"smoe": 4608, "cartesian": 4608}  # whole steps
     assert [result.learning_rate for result in found.screened["smoe"]] == list(GRID.learning_rates)
 
 
@@ -125,7 +125,7 @@ def test_a_divergence_is_noted_and_not_tried_again(tmp_path: Path):
 def test_seeds_of_the_comparison_are_kept_and_without_any_it_is_the_screening():
     found = sweep(RECIPES, GRID, one_by_one(best_near({"smoe": 1e-3, "cartesian": 2e-3})))
     for seeds, grid, compared, tokens in (
-        ((0, 1), replace(GRID, tokens=4096), (0, 1), 250_000),
+        ((0, 1), replace(GRID, tokens=4096), (0, 1), 350_000),
         ((), replace(GRID, tokens=4096), (1000,), 4096),
         ((), GRID, (1000,), 250_000),
     ):
@@ -152,7 +152,7 @@ def test_with_equal_flops_each_recipe_is_screened_on_its_own_tokens():
         ({"learning_rates": (1e-3, 2e-3, 1.0000001e-3)}, "must differ within six digits, got 0.001 twice"),
         ({"learning_rates": (1e-3,), "seed": 1}, "must not be one of the comparison's, got 1"),
         ({"learning_rates": (1e-3,), "seed": -1}, "seed must be at least 0, got -1"),
-        ({"learning_rates": (1e-3,), "tokens": 100}, r"sweep_tokens must be at least batch_tokens \(2048\), got 100"),
+        ({"learning_rates": (1e-3,), "tokens": 100}, r"sweep_tokens must be at least batch_tokens \(512\), got 100"),
     ],
 )
 def test_a_grid_that_cannot_work_is_refused(options: dict, message: str):
@@ -218,7 +218,7 @@ def test_the_last_learning_rate_is_no_learning_rate(monkeypatch, capsys):
     ("arguments", "runs", "said"),
     [
         (["--sweep", "1e-3", "--sweep", "2e-3"], 5.0, "3 runs after a sweep of 2 would"),
-        (["--sweep", "1e-3", "2e-3", "--sweep-tokens", "125000"], 4.0, "3 runs after a sweep of 2 on 125,000 tokens"),
+        (["--sweep", "1e-3", "2e-3", "--sweep-tokens", "175000"], 4.0, "3 runs after a sweep of 2 on 175,000 tokens"),
         (["--sweep", "1e-3", "2e-3", "--seeds", "0"], 2.0, "2 runs would"),
         (["--seeds", "1"], 1.0, "1 run would"),
     ],

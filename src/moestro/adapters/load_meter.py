@@ -29,7 +29,7 @@ class LoadMeter:
     """Counts the choices of each layer in training passes since the last `reset`."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Float[Tensor, " experts+1"]] = {}
+        self._counts: dict[str, Float[Tensor, " experts_and_one"]] = {}
         """Choices per expert, and at the end the tokens that competed."""
         self._counting = False
 
@@ -72,7 +72,7 @@ class LoadMeter:
         self._counts = {name: torch.zeros_like(count) for name, count in self._counts.items()}
 
 
-def load_of(count: Float[Tensor, " experts+1"]) -> Load:
+def load_of(count: Float[Tensor, " experts_and_one"]) -> Load:
     """Return the figures of one layer."""
     load = count[:-1]
     return Load(max_vio_data=float(max_violation(load)), dead_experts=int((load == 0).sum()), competing=int(count[-1]))

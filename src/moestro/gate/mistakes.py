@@ -6,7 +6,11 @@ from difflib import get_close_matches
 
 from moestro.gate.ranges import either, shown
 
-KINDS = {"int()": "a whole number, such as 20_000", "float()": "a number", "could not convert string to float": "a number"}
+KINDS = {
+    "int()": "a whole number, such as 20_000",
+    "float()": "a number",
+    "could not convert string to float": "a number",
+}
 """What a flag must be, by the words of Python's own error."""
 
 
@@ -47,9 +51,7 @@ def wrong_value(flag: str, reason: str, typed: Sequence[str]) -> str:
     return f"{flag} must be {kind}, got {shown(got)}"
 
 
-def unknown_word(
-    mistake: str, typed: Sequence[str], commands: Sequence[str], flags: Callable[[], list[str]]
-) -> str:
+def unknown_word(mistake: str, typed: Sequence[str], commands: Sequence[str], flags: Callable[[], list[str]]) -> str:
     """Name the word that the command line does not know, and a known one that is close to it."""
     if not typed or typed[0] not in commands:
         word = typed[0] if typed else ""

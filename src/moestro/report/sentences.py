@@ -122,8 +122,9 @@ def held_out(comparison: Comparison) -> str:
     """What the endpoint is measured on."""
     d = comparison.data
     domains = len({name for recipe in comparison.recipes for run in recipe.runs for name in run.held_out.domains})
-    size = f"{metric(d.held_out_tokens)} tokens of {_counted(d.held_out_documents, 'document')}"
-    measured = f"Measured on held-out text: {size} in {_counted(domains, 'domain')} that no run has seen."
+    documents = f"{_counted(d.held_out_documents, 'document')} or parts of documents"
+    size = f"{metric(d.held_out_tokens)} tokens ({documents}, {_counted(domains, 'domain')})"
+    measured = f"Measured on held-out text that no run trained on: {size}."
     return measured if d.overlap is None else f"{measured} {overlap(d.overlap)}"
 
 

@@ -40,7 +40,7 @@ def print_comparison(comparison: Comparison, console: Console, *, verbose: bool 
     if verbose:
         in_parts(console, lambda part: _results_table(console, [results[i] for i in part]), len(names))
     else:
-        console.print(_answers_table(console, results))
+        _print_answers(console, results)
     line(console, f"gzip -9 on the same text: {fixed(comparison.gzip_bits_per_byte)} bits per byte", "dim")
     console.print()
     if comparison.sweep is not None:
@@ -64,8 +64,8 @@ def _print_sweep(comparison: Comparison, console: Console, names: Sequence[str],
     console.print()
 
 
-def _answers_table(console: Console, results: Sequence[Row]) -> Table:
-    """One row per recipe, with as many columns as the terminal is wide enough for, the most important ones first."""
+def _print_answers(console: Console, results: Sequence[Row]) -> None:
+    """Print one row per recipe, in as many columns as fit, the most important first; name those that do not fit."""
     columns = {
         "held-out loss": [f"{row.loss} {row.spread}".rstrip() for row in results],
         "verdict": [row.verdict for row in results],
@@ -73,18 +73,20 @@ def _answers_table(console: Console, results: Sequence[Row]) -> Table:
         "failed": [str(len(row.failed)) if row.failed else "" for row in results],
         "learning rate": [row.learning_rate for row in results],
         "difference": [row.difference for row in results],
-        "tokens/s": [row.tokens_per_second for row in results],
         "dead experts": [row.dead_experts for row in results],
+        "tokens/s": [row.tokens_per_second for row in results],
         "MaxVio": [row.max_vio_data for row in results],
     }
+    columns = {title: cells for title, cells in columns.items() if any(cell not in ("", ABSENT) for cell in cells)}
     shown: list[str] = []
     unbounded = console.options.update_width(100_000)
-    for title, cells in columns.items():
+    for title in columns:
         made = _columns_table(console, results, {name: columns[name] for name in (*shown, title)})
-        fits = console.measure(made, options=unbounded).maximum <= console.width
-        if any(cell not in ("", ABSENT) for cell in cells) and (fits or not shown):
+        if console.measure(made, options=unbounded).maximum <= console.width or not shown:
             shown.append(title)
-    return _columns_table(console, results, {name: columns[name] for name in shown})
+    console.print(_columns_table(console, results, {name: columns[name] for name in shown}))
+    if left_out := [title for title in columns if title not in shown]:
+        line(console, f"The terminal is too narrow for {', '.join(left_out)}: see --verbose, or the report.", "dim")
 
 
 def _columns_table(console: Console, results: Sequence[Row], columns: Mapping[str, Sequence[str]]) -> Table:

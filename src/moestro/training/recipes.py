@@ -31,6 +31,7 @@ def build(name: str, size_name: str, description: str, *block: SubLayer, losses:
         dense_width=size.dense_width,
         qk_norm=not size.paper,
         tie_embeddings=not size.paper,
+        initializer_range=size.initializer_range,
     )
     return Recipe(
         name=name,
