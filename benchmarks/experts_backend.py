@@ -1,8 +1,9 @@
 """How long a training step takes with our experts backend, cross-entropy and model, against stock transformers.
 
-A Qwen3-MoE model and ours of the same shape in one process; the arms take turns, a new batch of random tokens each round, because what is
-measured depends on routing that changes from step to step. Each ratio is to the fastest stock arm *of the same round*;
-the table gives its median and quartiles. A step is forward, loss, backward, fused AdamW and zero_grad.
+A Qwen3-MoE model and ours of the same shape in one process; the arms take turns, a new batch of random tokens each
+round, because what is measured depends on routing that changes from step to step. Each ratio is to the fastest stock
+arm *of the same round*; the table gives its median and quartiles. A step is forward, loss, backward, fused AdamW and
+zero_grad.
 
     python benchmarks/experts_backend.py --threads 1
     python benchmarks/experts_backend.py --hidden 128 --expert-width 128 --vocabulary 4096 --tokens 512 --sequence 128

@@ -82,9 +82,9 @@ BUGS = [
     ),
     Bug(
         "state: the logged violation grows as batches are cut",
-        "training/trainer.py",
-        "max((f.max_vio_data for f",
-        "max((f.max_vio_batch for f",
+        "adapters/load_meter.py",
+        "self._counts[record.layer.name] + torch.cat([load, competing])",
+        "torch.cat([load, competing]).double()",
         "test_cut",
     ),
     Bug(

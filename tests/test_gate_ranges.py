@@ -113,7 +113,7 @@ ABSURD = [
     "smoe:num_layers=100000",
     "smoe:num_experts=1000000000",
     "smoe:vocab_size=10000000000",
-    "smoe:hidden_size=1000000,num_heads=1000",
+    "smoe:hidden_size=1000000,num_heads=1000,num_layers=4",
     "smoe:width=1000000,num_experts=65536",
     "smoe:num_layers=" + "9" * 5000,
     "smoe:num_layers=0",

@@ -82,7 +82,8 @@ def test_what_is_recommended_trains_outliers_as_well_as_nothing_does(where: str)
 
 def test_readme_and_inspect_recommend_the_same():
     assert {name: recommended()["README.md 0"][name] for name in SUGGESTED} == recommended()["inspect"]
-    assert sum(where.startswith("README") for where in recommended()) == 3
+    assert sum(where.startswith("README") for where in recommended()) == 1
+    assert sum(where.startswith("attach") for where in recommended()) == 3
 
 
 def test_projection_at_the_same_weight_would_ruin_it():

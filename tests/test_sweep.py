@@ -127,7 +127,7 @@ def test_seeds_of_the_comparison_are_kept_and_without_any_it_is_the_screening():
     for seeds, grid, compared, tokens in (
         ((0, 1), replace(GRID, tokens=4096), (0, 1), 350_000),
         ((), replace(GRID, tokens=4096), (1000,), 4096),
-        ((), GRID, (1000,), 250_000),
+        ((), GRID, (1000,), 350_000),
     ):
         the_plan = after_sweep(plan(RECIPES, seeds=seeds, grid=grid), grid, found)
         assert the_plan.seeds == compared

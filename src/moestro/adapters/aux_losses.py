@@ -264,8 +264,8 @@ class AuxLosses:
             return None
         if getattr(output, "loss", None) is None:
             raise Misuse(
-                "AuxLosses need a loss to add to: pass labels, and do not pass return_dict=False; in a loop that computes "
-                "its own loss, attach with add_to_loss=False and add aux.total() to it"
+                "AuxLosses need a loss to add to: pass labels, and do not pass return_dict=False; in a loop that "
+                "computes its own loss, attach with add_to_loss=False and add aux.total() to it"
             )
         output.loss = output.loss + total
         return output

@@ -20,12 +20,12 @@ NO_GRADIENT = (
     "model that is trained"
 )
 NO_STEP = (
-    "the weights changed but aux.step() was not called: lagged statistics, selection biases, competition and warm-up stay "
-    "as they were at the beginning; call it after each step of the optimiser"
+    "the weights changed but aux.step() was not called: lagged statistics, selection biases, competition and warm-up "
+    "stay as they were at the beginning; call it after each step of the optimiser"
 )
 UNCOUNTED = (
-    "{} passes were added up before aux.step(), and each counted as a whole batch: if they are micro-batches of one batch, "
-    "pass the model num_items_in_batch, the number of label tokens of all of them"
+    "{} passes were added up before aux.step(), and each counted as a whole batch: if they are micro-batches of one "
+    "batch, pass the model num_items_in_batch, the number of label tokens of all of them"
 )
 
 

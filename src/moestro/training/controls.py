@@ -1,7 +1,7 @@
 """Controls: variants of a recipe that change one thing and keep parameters and FLOPs.
 
-They ask what composition brings beyond depth, routing and a weak baseline (docs/composition.md). Linearised, two residual
-sub-layers are I + A + B + BA; only BA is new against an additive MoE.
+They ask what composition brings beyond depth, routing and a weak baseline (docs/composition.md). Linearised, two
+residual sub-layers are I + A + B + BA; only BA is new against an additive MoE.
 """
 
 from dataclasses import replace
