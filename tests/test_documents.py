@@ -129,6 +129,8 @@ def small(command: str, files: Path) -> list[str]:
         changed["--sweep-tokens"] = ["256"]
     if words[0] == "compare" and "--sweep" not in words:
         changed["--seeds"] = ["1"]
+    if words[0] == "compare" and "--dry-run" not in words:
+        changed["--allow-unequal"] = []  # widths are not what they were
     return with_flags(words, changed)
 
 
@@ -142,6 +144,16 @@ def test_a_command_runs(passage: Passage, files: Path, monkeypatch: pytest.Monke
     if "MODEL" in passage.text or "..." in passage.text:
         pytest.skip("not a whole command")
     assert moestro(monkeypatch, *small(passage.text, files)) == 0
+
+
+@pytest.mark.parametrize(
+    "passage", [p for p in RUNNABLE if p.text.startswith("moestro compare")], ids=lambda passage: passage.title
+)
+def test_a_comparison_is_between_equals(passage: Passage, monkeypatch: pytest.MonkeyPatch):
+    if "..." in passage.text:
+        pytest.skip("not a whole command")
+    words = [word for word in shlex.split(passage.text)[1:] if word not in ("--dry-run", "--print-commands")]
+    assert moestro(monkeypatch, *with_flags(words, {"--data": ["nowhere"]}), "--dry-run") == 0
 
 
 TITLES = {
