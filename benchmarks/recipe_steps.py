@@ -1,7 +1,8 @@
 """What a training step of recipes costs: time paired in one run, and peak memory, each against the first recipe.
 
 The models take turns on the same batch of random tokens, with the losses of their recipes. A step is forward, loss,
-backward, AdamW, zero_grad, as `moestro train` does it (chunked cross-entropy; on a CPU bf16 with padded_mm).
+backward, AdamW, zero_grad, as `moestro train` does it (chunked cross-entropy; on a CPU bf16 with padded_mm and
+short_sdpa).
 
     python benchmarks/recipe_steps.py --recipes fine-grained cartesian cartesian-paper --size small
     python benchmarks/recipe_steps.py --size base --device cuda --tokens 8192 --sequence 2048
@@ -14,7 +15,7 @@ import torch
 from paired import milliseconds, report, resident_gib, rounds, start
 
 from moestro import AuxLosses, MoestroForCausalLM
-from moestro.models import PADDED_MM
+from moestro.models import PADDED_MM, SHORT_SDPA
 from moestro.training.recipes import recipe
 
 
@@ -50,6 +51,7 @@ class Arm:
         self.model.chunked_loss = True
         if sizes.device == "cpu" and sizes.bf16:
             self.model.set_experts_implementation(PADDED_MM)
+            self.model.set_attn_implementation(SHORT_SDPA)
         if sizes.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=False)

@@ -47,7 +47,8 @@ def test_a_variant_costs_what_its_recipe_does(name, variant, size):
     assert parameters(varied).total == pytest.approx(parameters(base).total, rel=TOLERANCE)
     assert parameters(varied).active == pytest.approx(parameters(base).active, rel=TOLERANCE)
     ratio = varied.training_flops() / base.training_flops()
-    assert 1.01 < ratio < 1.1 if variant == "deep" else abs(ratio - 1) < 0.01
+    least = {"tiny": 1.01, "small": 1.05}[size]  # most FLOPs of tiny are its head's
+    assert least < ratio < 1.1 if variant == "deep" else abs(ratio - 1) < 0.01
 
 
 @pytest.mark.parametrize(("name", "variant"), PAIRS)

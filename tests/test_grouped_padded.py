@@ -252,6 +252,7 @@ def test_small_groups_and_fp32_are_not_padded(autocast: bool, seen: Seen) -> Non
         *Case(tokens=5 if autocast else 90, num_experts=4, used=4, top_k=2).routing(),
         autocast=autocast,
     )
+    assert len(seen.group_sizes) == 6 and not seen.batched
     assert all(sizes.sum() == 2 * (5 if autocast else 90) for sizes in seen.group_sizes)
 
 
